@@ -1,0 +1,29 @@
+"""Files that ship with the package: Tiny Shakespeare and the small checkpoint of ``ebt demo``."""
+
+from pathlib import Path
+
+
+__all__ = ["checkpoint_path", "shakespeare_path", "shakespeare_splits"]
+
+_FOLDER = Path(__file__).resolve().parent
+
+
+def shakespeare_path() -> Path:
+    """Return the text file of Tiny Shakespeare (public domain, 1.1 MB, ASCII)."""
+    return _FOLDER / "tiny_shakespeare.txt"
+
+
+def checkpoint_path() -> Path:
+    """Return the folder of the embedded checkpoint; ``from_pretrained`` takes it as it is."""
+    return _FOLDER / "tiny_ebt"
+
+
+def shakespeare_splits() -> dict[str, str]:
+    """Return Tiny Shakespeare as ``train`` (first 90 %), ``validation`` (next 5 %) and ``test`` (last 5 %).
+
+    The shares are counted in characters, each cut moved back to the start of its line. Joined in this order the
+    three parts are the whole text.
+    """
+    text = shakespeare_path().read_bytes().decode("utf-8")  # bytes: no platform may translate the line ends
+    first, second = (text.rfind("\n", 0, len(text) * percent // 100) + 1 for percent in (90, 95))
+    return {"train": text[:first], "validation": text[first:second], "test": text[second:]}

@@ -1,0 +1,29 @@
+"""Maps the repository root onto the import package ``ebt_transformers``; everything else is in pyproject.toml."""
+
+from setuptools import setup
+from setuptools.command.build_py import build_py as _build_py
+
+PACKAGE = "ebt_transformers"
+SUBPACKAGES = ("assets", "configuration", "modeling_ebt", "pipelines", "training")
+ROOT_MODULES = ("__init__", "cli")
+PACKAGE_DATA = {
+    PACKAGE: ["py.typed"],
+    f"{PACKAGE}.assets": ["*.txt", "tiny_ebt/*"],
+}
+
+
+class build_py(_build_py):
+    """Of the modules at the root take only those that belong to the package (not setup.py and the like)."""
+
+    def find_package_modules(self, package: str, package_dir: str) -> list[tuple[str, str, str]]:
+        modules = super().find_package_modules(package, package_dir)
+        return [module for module in modules if package != PACKAGE or module[1] in ROOT_MODULES]
+
+
+if __name__ == "__main__":
+    setup(
+        packages=[PACKAGE, *(f"{PACKAGE}.{name}" for name in SUBPACKAGES)],
+        package_dir={PACKAGE: "."},
+        package_data=PACKAGE_DATA,
+        cmdclass={"build_py": build_py},
+    )
