@@ -3,12 +3,13 @@
 from setuptools import setup
 from setuptools.command.build_py import build_py as _build_py
 
+
 PACKAGE = "ebt_transformers"
 SUBPACKAGES = ("assets", "configuration", "modeling_ebt", "pipelines", "training")
 ROOT_MODULES = ("__init__", "cli")
 PACKAGE_DATA = {
     PACKAGE: ["py.typed"],
-    f"{PACKAGE}.assets": ["*.txt", "tiny_ebt/*"],
+    f"{PACKAGE}.assets": ["*.txt", "tiny_ebt/**/*"],
 }
 
 

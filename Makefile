@@ -1,0 +1,56 @@
+# `make demo` and `make test` are all that is needed; `make help` lists the rest.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+PYTEST_ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test slow check lint types format constraints clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+# Done once, and again only when one of these three files changes. torch comes first and by its plain version, so that
+# pip takes the build (CPU or CUDA) that the machine's own package index offers.
+$(INSTALLED): setup.py pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -c constraints.txt "$$(sed -n 's/^\(torch==[^ ;]*\).*/\1/p' constraints.txt)"
+	$(BIN)/python -m pip install -c constraints.txt -e ".[dev]"
+	@touch $@
+
+install: $(INSTALLED)  ## create .venv with the package (editable) and all tools
+
+demo: $(INSTALLED)  ## install, then run the embedded model: text, thinking steps, energies
+	$(BIN)/ebt demo
+
+test: $(INSTALLED)  ## install, then run the test suite without its slow tests
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+slow: $(INSTALLED)  ## the whole test suite, slow tests included
+	$(BIN)/python -m pytest -m "slow or not slow" $(PYTEST_ARGS)
+
+check: lint types test  ## what CI runs
+
+lint: $(INSTALLED)  ## ruff: rules and formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# mypy cannot look through an editable installation, and the checkout's folder need not be called ebt_transformers:
+# it sees the package through a link of that name.
+types: $(INSTALLED)  ## mypy on the package
+	@link=$$(mktemp -d) && trap 'rm -rf "$$link"' EXIT && ln -s "$(CURDIR)" "$$link/ebt_transformers" && cd "$$link" && \
+	MYPYPATH="$$link" "$(CURDIR)/$(BIN)/mypy" --config-file "$(CURDIR)/pyproject.toml" \
+		--cache-dir "$(CURDIR)/.mypy_cache" -p ebt_transformers
+
+format: $(INSTALLED)  ## let ruff fix and format everything
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+constraints: $(INSTALLED)  ## write constraints.txt from what is installed in .venv
+	$(BIN)/python .ci/constraints.py > constraints.tmp && mv constraints.tmp constraints.txt
+
+clean:  ## remove .venv, builds and caches
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
