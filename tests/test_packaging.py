@@ -16,7 +16,7 @@ SETUP = runpy.run_path(str(ROOT / "setup.py"), run_name="setup")
 PACKAGE = SETUP["PACKAGE"]
 NOT_SHIPPED = {"benchmarks", "docs", "examples", "tests"}
 # A pattern rather than the names themselves, so that this file passes its own test.
-MACHINE_PATH = re.compile(r"(?<![\w.$}~-])/(?:w[o]rk|f[a]rm|o[p]t/wheels|r[o]ot|h[o]me/\w+|U[s]ers/\w+)/")
+MACHINE_PATH = re.compile(r"(?<![\w.$}~-])/(?:w[o]rk|f[a]rm|o[p]t/(?:wheels|pypi)|r[o]ot|h[o]me/\w+|U[s]ers/\w+)/")
 
 
 def repository_files() -> list[Path]:
@@ -123,10 +123,12 @@ def test_no_large_files(files):
     assert not [path for path in files if (ROOT / path).stat().st_size > 25 * 2**20]
 
 
-def test_versions_agree(files):
+def test_metadata_agrees():
     project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     version = re.search(r'^version = "(.+)"$', project, re.MULTILINE)[1]
     assert f"version: {version}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    # Named without being there it would break every build; there without being named it would be missing on PyPI.
+    assert ('readme = "README.md"' in project) == (ROOT / "README.md").is_file()
 
 
 def test_constraints_pin_exactly():
