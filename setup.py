@@ -7,9 +7,11 @@ from setuptools.command.build_py import build_py as _build_py
 PACKAGE = "ebt_transformers"
 SUBPACKAGES = ("assets", "configuration", "modeling_ebt", "pipelines", "training")
 ROOT_MODULES = ("__init__", "cli")
+DATA_FOLDERS = ("assets.tiny_ebt",)  # no code inside; setuptools wants them named all the same
 PACKAGE_DATA = {
     PACKAGE: ["py.typed"],
-    f"{PACKAGE}.assets": ["*.txt", "tiny_ebt/**/*"],
+    f"{PACKAGE}.assets": ["*.txt"],
+    f"{PACKAGE}.assets.tiny_ebt": ["*"],
 }
 
 
@@ -23,7 +25,7 @@ class build_py(_build_py):
 
 if __name__ == "__main__":
     setup(
-        packages=[PACKAGE, *(f"{PACKAGE}.{name}" for name in SUBPACKAGES)],
+        packages=[PACKAGE, *(f"{PACKAGE}.{name}" for name in (*SUBPACKAGES, *DATA_FOLDERS))],
         package_dir={PACKAGE: "."},
         package_data=PACKAGE_DATA,
         cmdclass={"build_py": build_py},
