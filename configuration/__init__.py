@@ -1,0 +1,17 @@
+"""What a model is, as typed data."""
+
+from .configuration_ebt import EBTConfig
+from .presets_ebt import PRESETS, RECIPES, Preset
+from .thinking_ebt import FLAT_THINKING_NAMES, ThinkingConfig
+from .twins import transformer_pp_config
+
+
+__all__ = [
+    "FLAT_THINKING_NAMES",
+    "PRESETS",
+    "RECIPES",
+    "EBTConfig",
+    "Preset",
+    "ThinkingConfig",
+    "transformer_pp_config",
+]

@@ -1,0 +1,231 @@
+"""`EBTConfig`: what an Energy-Based Transformer for text is."""
+
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+from transformers.modeling_rope_utils import RopeParameters
+
+from .presets_ebt import preset_fields, recipe_fields
+from .thinking_ebt import ThinkingConfig
+
+
+STEP_CONDITIONINGS = ("none", "time_embed", "adaln", "adaln_zero")
+CANDIDATE_EMBEDDINGS = ("linear", "shared")
+CANDIDATE_INITS = ("normal", "zeros")
+UPDATES = ("replace", "residual")
+LOSS_ON_STEPS = ("all", "last")
+
+
+@strict
+class EBTConfig(PreTrainedConfig):
+    r"""
+    Configuration of [`EBTModel`] and [`EBTForCausalLM`], the Energy-Based Transformer for text (arXiv 2507.02092).
+    The defaults are the paper's smallest published size (xxs) with its System 1 recipe.
+
+    Args:
+        vocab_size (`int`, *optional*, defaults to 50277):
+            Size of the vocabulary, and of a candidate distribution [V].
+        hidden_size (`int`, *optional*, defaults to 384): Width of the transformer [D].
+        intermediate_size (`int`, *optional*):
+            Width of the feed-forward layers; `None` means `hidden_size`, as in the paper.
+        num_hidden_layers (`int`, *optional*, defaults to 6): Number of layers.
+        num_attention_heads (`int`, *optional*, defaults to 6): Number of query heads.
+        num_key_value_heads (`int`, *optional*): Number of key/value heads; `None` means `num_attention_heads`.
+        head_dim (`int`, *optional*): Width of a head; `None` means `hidden_size // num_attention_heads`.
+        hidden_act (`str`, *optional*, defaults to `"silu"`): Activation of the gated feed-forward layers. Anything not
+            twice differentiable everywhere (relu) trains, but its energy has no curvature.
+        max_position_embeddings (`int`, *optional*, defaults to 256): Longest context in tokens; longer input raises.
+        rope_parameters (`dict`, *optional*): Rotary embedding parameters as in every transformers model.
+        rms_norm_eps (`float`, *optional*, defaults to 1e-5): Epsilon of the RMS norms.
+        initializer_range (`float`, *optional*, defaults to 1.0):
+            Standard deviation of the token and step embeddings at initialisation. Matrices are Xavier-normal.
+        step_conditioning (`str`, *optional*, defaults to `"time_embed"`):
+            How the energy knows which landscape it is: `"none"` (one landscape for all steps), `"time_embed"` (a learned
+            token in front of the context), `"adaln"` or `"adaln_zero"` (modulated norms, the latter starting at zero).
+        num_landscapes (`int`, *optional*, defaults to 2):
+            Number of energy landscapes; step `i` moves on landscape `min(i, num_landscapes - 1)`. Must be 1 for `"none"`.
+        candidate_embedding (`str`, *optional*, defaults to `"linear"`):
+            `"linear"`: candidates have an embedding table of their own. `"shared"`: they use the token embedding (the
+            same as `tie_word_embeddings=True`).
+        candidate_init (`str`, *optional*, defaults to `"normal"`):
+            Start of a candidate in training: `"normal"` random logits, or `"zeros"`. Evaluation starts at zero logits.
+        candidate_init_std (`float`, *optional*, defaults to 1.0): Spread of the `"normal"` start.
+        step_size (`float`, *optional*, defaults to 500.0): Initial step size [alpha]; published values are 5 to 500.
+        learn_step_size (`bool`, *optional*, defaults to `True`): Whether the step size is trained.
+        update (`str`, *optional*, defaults to `"replace"`):
+            `"replace"`: new logits = distribution - step size x gradient (the official code). `"residual"`: new logits =
+            logits - step size x gradient (entropic mirror descent; keeps what earlier steps found).
+        detach_between_steps (`bool`, *optional*, defaults to `True`): Whether a step's gradient stops at its start.
+        loss_on_steps (`str`, *optional*, defaults to `"all"`):
+            Training objective: `"all"` averages the cross-entropy of every step (recipe s1), `"last"` scores the last
+            step only, and only that step is differentiated (recipe s2).
+        thinking_steps (`int`, *optional*): Default number of steps; `None` means `num_landscapes`.
+        thinking_candidates (`int`, *optional*, defaults to 1): Default number of candidates in evaluation.
+        thinking_noise_std (`float`, *optional*, defaults to 0.0): Default noise on the logits, in training too.
+        thinking_tolerance (`float`, *optional*): Default energy tolerance of the stop rule in evaluation.
+        thinking_accept_only_lower_energy (`bool`, *optional*, defaults to `False`): Default acceptance in evaluation.
+        use_cache (`bool`, *optional*, defaults to `True`): Whether `generate()` caches the context.
+        tie_word_embeddings (`bool`, *optional*): Set from `candidate_embedding`.
+        pad_token_id (`int`, *optional*), bos_token_id (`int`, *optional*), eos_token_id (`int` or `list`, *optional*):
+            Special tokens.
+
+    Example:
+
+    ```python
+    >>> from ebt_transformers import EBTConfig, EBTForCausalLM
+
+    >>> config = EBTConfig.from_preset("4xs", recipe="s1", vocab_size=256)
+    >>> model = EBTForCausalLM(config)
+    >>> config.num_landscapes
+    2
+    ```
+    """
+
+    model_type = "ebt"
+    keys_to_ignore_at_inference = [
+        "past_key_values",
+        "energies",
+        "steps_taken",
+        "step_losses",
+        "mean_energies",
+        "hidden_states",
+        "attentions",
+    ]
+
+    vocab_size: int = 50277
+    hidden_size: int = 384
+    intermediate_size: int | None = None
+    num_hidden_layers: int = 6
+    num_attention_heads: int = 6
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    hidden_act: str = "silu"
+    max_position_embeddings: int = 256
+    rope_parameters: RopeParameters | dict | None = None
+    rms_norm_eps: float = 1e-5
+    initializer_range: float | int = 1.0
+    step_conditioning: str = "time_embed"
+    num_landscapes: int = 2
+    candidate_embedding: str = "linear"
+    candidate_init: str = "normal"
+    candidate_init_std: float | int = 1.0
+    step_size: float | int = 500.0
+    learn_step_size: bool = True
+    update: str = "replace"
+    detach_between_steps: bool = True
+    loss_on_steps: str = "all"
+    thinking_steps: int | None = None
+    thinking_candidates: int = 1
+    thinking_noise_std: float | int = 0.0
+    thinking_tolerance: float | int | None = None
+    thinking_accept_only_lower_energy: bool = False
+    use_cache: bool = True
+    tie_word_embeddings: bool | None = None
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.intermediate_size is None:
+            self.intermediate_size = self.hidden_size
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.head_dim is None and self.num_attention_heads > 0:
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        if self.tie_word_embeddings is None:
+            self.tie_word_embeddings = self.candidate_embedding == "shared"
+        super().__post_init__(**kwargs)
+
+    def validate_architecture(self) -> None:
+        """Cross-field checks, run when the config is made and when it is saved."""
+        sizes = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+        for name in (*sizes, "intermediate_size", "max_position_embeddings", "num_landscapes"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        for name, allowed in (
+            ("step_conditioning", STEP_CONDITIONINGS),
+            ("candidate_embedding", CANDIDATE_EMBEDDINGS),
+            ("candidate_init", CANDIDATE_INITS),
+            ("update", UPDATES),
+            ("loss_on_steps", LOSS_ON_STEPS),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"`{name}` must be one of {', '.join(allowed)}, got {getattr(self, name)!r}.")
+        if self.hidden_size % self.num_attention_heads and self.head_dim is None:
+            raise ValueError(
+                f"`hidden_size` ({self.hidden_size}) must be a multiple of `num_attention_heads` "
+                f"({self.num_attention_heads})."
+            )
+        if self.head_dim < 2 or self.head_dim % 2:
+            raise ValueError(
+                f"The head width must be even and at least 2 for rotary positions, got {self.head_dim} "
+                f"(`hidden_size` {self.hidden_size} / `num_attention_heads` {self.num_attention_heads})."
+            )
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"`num_attention_heads` ({self.num_attention_heads}) must be a multiple of `num_key_value_heads` "
+                f"({self.num_key_value_heads})."
+            )
+        if self.step_conditioning == "none" and self.num_landscapes != 1:
+            raise ValueError(
+                f"`step_conditioning='none'` has one landscape, got `num_landscapes={self.num_landscapes}`. Set it to 1 "
+                "and give the number of steps as `thinking_steps`."
+            )
+        if self.tie_word_embeddings != (self.candidate_embedding == "shared"):
+            raise ValueError(
+                f"`tie_word_embeddings={self.tie_word_embeddings}` contradicts `candidate_embedding="
+                f"{self.candidate_embedding!r}`: tied means shared. Set only `candidate_embedding`."
+            )
+        for name, lowest in (("step_size", "above 0"), ("candidate_init_std", "at least 0")):
+            value = getattr(self, name)
+            if value < 0 or (value == 0 and lowest == "above 0"):
+                raise ValueError(f"`{name}` must be {lowest}, got {value}.")
+        self.default_thinking()  # raises for bad thinking defaults
+
+    def default_thinking(self) -> ThinkingConfig:
+        """The thinking a call gets when it says nothing: every field of [`ThinkingConfig`] but the overrides is set."""
+        return ThinkingConfig(
+            steps=self.num_landscapes if self.thinking_steps is None else self.thinking_steps,
+            candidates=self.thinking_candidates,
+            selection="min_energy",
+            step_size_scale=1.0,
+            noise_std=self.thinking_noise_std,
+            noise_first_step_only=False,
+            accept_only_lower_energy=self.thinking_accept_only_lower_energy,
+            tolerance=self.thinking_tolerance,
+            init="mean",
+            seed=0,
+        )
+
+    @classmethod
+    def from_preset(cls, name: str, recipe: str = "s1", **overrides: Any) -> "EBTConfig":
+        """
+        A config of one of the paper's sizes and training recipes.
+
+        Args:
+            name (`str`): `"4xs"`, `"3xs"`, `"xxs"`, `"xs"`, `"small"`, `"medium"`, `"large"` or `"xl"` (Table D.1).
+            recipe (`str`, *optional*, defaults to `"s1"`): `"s1"` or `"s2"` (paper C.2).
+            overrides: any other field of the config, which wins.
+
+        Raises:
+            ValueError: for an unknown preset or recipe.
+
+        Example:
+
+        ```python
+        >>> from ebt_transformers import EBTConfig
+
+        >>> EBTConfig.from_preset("xxs", recipe="s2").loss_on_steps
+        'last'
+        ```
+        """
+        values = {**preset_fields(name), **recipe_fields(recipe), **overrides}
+        if values["step_conditioning"] == "none" and "num_landscapes" not in overrides:
+            # without conditioning there is one landscape; the recipe's count becomes the number of steps on it
+            values.setdefault("thinking_steps", values["num_landscapes"])
+            values["num_landscapes"] = 1
+        return cls(**values)
+
+
+__all__ = ["EBTConfig"]

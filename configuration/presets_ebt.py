@@ -1,0 +1,90 @@
+"""The paper's model sizes (arXiv 2507.02092, Table D.1 and p. 34; 4xs and 3xs from the official code) and recipes."""
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Preset:
+    """One model size: layers, width, heads, and the learning rate the paper trains it with."""
+
+    num_hidden_layers: int
+    hidden_size: int
+    num_attention_heads: int
+    learning_rate: float
+
+    def architecture(self) -> dict[str, int]:
+        """Config fields of this size. The feed-forward width equals the model width (paper p. 34)."""
+        return {
+            "num_hidden_layers": self.num_hidden_layers,
+            "hidden_size": self.hidden_size,
+            "intermediate_size": self.hidden_size,
+            "num_attention_heads": self.num_attention_heads,
+        }
+
+
+PRESETS: dict[str, Preset] = {
+    "4xs": Preset(2, 128, 2, 2.4e-3),
+    "3xs": Preset(4, 256, 4, 1.8e-3),
+    "xxs": Preset(6, 384, 6, 1.2e-3),
+    "xs": Preset(12, 384, 6, 9e-4),
+    "small": Preset(12, 768, 12, 6e-4),
+    "medium": Preset(24, 1024, 16, 3e-4),
+    "large": Preset(24, 1536, 16, 2.5e-4),
+    "xl": Preset(24, 2048, 32, 2e-4),
+}
+
+# s1 learns fast and stably: one landscape per step, every step scored. s2 is trained to think: one landscape walked
+# many times, only the last step scored, a fixed step size (paper C.2, D.5 and appendix I).
+RECIPES: dict[str, dict[str, Any]] = {
+    "s1": {
+        "step_conditioning": "time_embed",
+        "num_landscapes": 2,
+        "step_size": 500.0,
+        "learn_step_size": True,
+        "detach_between_steps": True,
+        "loss_on_steps": "all",
+    },
+    "s2": {
+        "step_conditioning": "time_embed",
+        "num_landscapes": 1,
+        "step_size": 5.0,
+        "learn_step_size": False,
+        "detach_between_steps": False,
+        "loss_on_steps": "last",
+        "thinking_steps": 3,
+    },
+}
+
+
+def preset_fields(name: str) -> dict[str, int]:
+    """
+    Architecture fields of a preset.
+
+    Args:
+        name (`str`): one of `PRESETS`.
+
+    Raises:
+        ValueError: for an unknown name, listing the known ones.
+    """
+    if name not in PRESETS:
+        raise ValueError(f"Unknown preset {name!r}. Allowed: {', '.join(PRESETS)}.")
+    return PRESETS[name].architecture()
+
+
+def recipe_fields(name: str) -> dict[str, Any]:
+    """
+    Config fields of a training recipe.
+
+    Args:
+        name (`str`): `"s1"` or `"s2"`.
+
+    Raises:
+        ValueError: for an unknown name, listing the known ones.
+    """
+    if name not in RECIPES:
+        raise ValueError(f"Unknown recipe {name!r}. Allowed: {', '.join(RECIPES)}.")
+    return dict(RECIPES[name])
+
+
+__all__ = ["PRESETS", "RECIPES", "Preset", "preset_fields", "recipe_fields"]

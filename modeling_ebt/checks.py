@@ -1,0 +1,83 @@
+"""Checks of what a user hands in, and the way out of inference mode."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+
+def check_token_ids(token_ids: Tensor, vocab_size: int, name: str = "input_ids") -> None:
+    """Raises for an empty batch or sequence and for ids outside the vocabulary."""
+    if token_ids.dim() < 2 or token_ids.numel() == 0:
+        raise ValueError(
+            f"`{name}` must be a non-empty (rows, tokens) tensor, got shape {tuple(token_ids.shape)}. A prompt needs at "
+            "least one token; use the tokenizer's bos token for an empty one."
+        )
+    if token_ids.device.type == "meta" or torch.compiler.is_compiling():
+        return
+    lowest, highest = (int(value) for value in torch.aminmax(token_ids))
+    if lowest < 0 or highest >= vocab_size:
+        raise ValueError(
+            f"`{name}` must be between 0 and {vocab_size - 1} (the vocabulary has {vocab_size} tokens), got "
+            f"{lowest if lowest < 0 else highest}. Is the tokenizer the model's own?"
+        )
+
+
+def check_length(batch: int, length: int, past: int, maximum: int) -> None:
+    """Raises for empty input and for a context longer than the model was made for."""
+    if batch == 0 or length == 0:
+        raise ValueError(f"The input is empty: {batch} row(s) of {length} token(s).")
+    if past + length > maximum:
+        raise ValueError(
+            f"The context has {past + length} tokens, the model takes at most {maximum} "
+            "(`config.max_position_embeddings`). Shorten the input or generate fewer tokens."
+        )
+
+
+def check_attention_mask(attention_mask: Tensor | None, batch: int, length: int) -> None:
+    """Raises for a mask of the wrong shape and for rows without a single token."""
+    if attention_mask is None or attention_mask.dim() == 4:
+        return
+    if attention_mask.dim() != 2 or attention_mask.shape[0] != batch or attention_mask.shape[1] < length:
+        raise ValueError(
+            f"`attention_mask` must have shape ({batch}, {length}), cached tokens included, got "
+            f"{tuple(attention_mask.shape)}."
+        )
+    if attention_mask.device.type == "meta" or torch.compiler.is_compiling():
+        return
+    empty = (~attention_mask.bool().any(-1)).nonzero().flatten().tolist()
+    if empty:
+        raise ValueError(f"Row(s) {empty} of `attention_mask` are all zero: every row needs at least one token.")
+
+
+def _to_normal(value: Any) -> Any:
+    """Copies of tensors born in inference mode; autograd cannot use those."""
+    if isinstance(value, Tensor):
+        return value.clone() if value.is_inference() else value
+    if isinstance(value, Cache):
+        for layer in value.layers:
+            for name in ("keys", "values"):
+                tensor = getattr(layer, name, None)
+                if isinstance(tensor, Tensor) and tensor.is_inference():
+                    setattr(layer, name, tensor.clone())
+        return value
+    return value
+
+
+def outside_inference_mode(method: Callable) -> Callable:
+    """Runs a method under `no_grad` when called in `torch.inference_mode()`: the descent needs input gradients."""
+
+    @functools.wraps(method)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        if not torch.is_inference_mode_enabled():
+            return method(*args, **kwargs)
+        with torch.inference_mode(False), torch.no_grad():
+            return method(*map(_to_normal, args), **{name: _to_normal(value) for name, value in kwargs.items()})
+
+    return wrapper
+
+
+__all__ = ["check_attention_mask", "check_length", "check_token_ids", "outside_inference_mode"]

@@ -1,0 +1,765 @@
+"""
+Energy-Based Transformer for text (arXiv 2507.02092): the two-stream transformer and the language model on top.
+
+Shapes: ``B`` rows, ``S`` new context tokens, ``T`` positions thought about, ``M`` candidates a position, ``N = M T``,
+``V`` vocabulary, ``D`` width, ``K`` landscapes or steps.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel
+from transformers import initialization as init
+from transformers.cache_utils import Cache
+from transformers.generation import GenerationMixin
+from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding
+from transformers.utils import can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+
+from .candidates import TextCandidates
+from .checks import check_attention_mask, check_length, check_token_ids, outside_inference_mode
+from .configuration_ebt import EBTConfig
+from .descent import DescentOutput, DescentStep, descend, standard_normal
+from .generation import EBTGenerationMixin
+from .layers import EBTDecoderLayer, modulate
+from .masks import (
+    additive,
+    positions_from_mask,
+    visible_columns,
+    with_own_column,
+    with_step_column,
+    with_step_row,
+)
+from .outputs import EBTCausalLMOutputWithPast, EBTContext, EBTModelOutputWithPast
+from .thinking_ebt import ThinkingConfig
+
+
+MIN_STEP_SIZE = 1e-4  # the official code clamps the learned step size here
+
+
+class EBTStepSize(nn.Module):
+    """The step size [alpha]; a module of its own so that adapters and optimizers can address it."""
+
+    def __init__(self, config: EBTConfig) -> None:
+        super().__init__()
+        # shape (1,), because sharded training takes no scalar parameters
+        self.value = nn.Parameter(torch.full((1,), float(config.step_size)), requires_grad=config.learn_step_size)
+
+    def forward(self) -> Tensor:
+        """The step size (1,), at least 1e-4, in float32."""
+        return self.value.float().clamp(min=MIN_STEP_SIZE)
+
+
+class EBTPreTrainedModel(PreTrainedModel):
+    """Loading, saving and initialisation shared by the text models."""
+
+    config: EBTConfig
+    config_class = EBTConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["EBTDecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values", "context"]
+    _supports_sdpa = True
+    # fused kernels other than sdpa's have no path for the second stream
+    _supports_flash_attn = False
+    _supports_flex_attn = False
+    _supports_attention_backend = False
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, nn.Linear):
+            init.xavier_normal_(module.weight)
+        elif isinstance(module, nn.Embedding):
+            init.normal_(module.weight, mean=0.0, std=self.config.initializer_range)
+        elif isinstance(module, EBTStepSize):
+            init.constant_(module.value, float(self.config.step_size))
+        elif isinstance(module, (EBTDecoderLayer, EBTModel)):
+            self._init_modulation(module)
+
+    def _init_modulation(self, module: nn.Module) -> None:
+        zero = self.config.step_conditioning == "adaln_zero"
+        modulation = module.modulation if isinstance(module, EBTDecoderLayer) else module.final_modulation
+        if modulation is not None:
+            bound = self.config.hidden_size**-0.5
+            for parameter in (modulation.weight, modulation.bias):
+                # adaln keeps torch's own initialisation of a linear layer, as the official code does
+                init.zeros_(parameter) if zero else init.uniform_(parameter, -bound, bound)
+        if zero and isinstance(module, EBTModel):
+            init.zeros_(module.energy_head.weight)
+
+
+class EBTModel(EBTPreTrainedModel):
+    r"""
+    The transformer: context tokens in, candidates in, energies out.
+
+    Without candidates it encodes the context (an ordinary causal transformer). With `candidate_embeds` it also gives the
+    energy of a candidate at every position.
+
+    Args:
+        config ([`EBTConfig`]): the architecture.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from ebt_transformers import EBTConfig, EBTModel
+
+    >>> model = EBTModel(EBTConfig.from_preset("4xs", vocab_size=32)).eval()
+    >>> ids = torch.tensor([[1, 2, 3]])
+    >>> model(ids).last_hidden_state.shape
+    torch.Size([1, 3, 128])
+    >>> model(ids, candidate_embeds=torch.zeros(1, 3, 128)).energies.shape
+    torch.Size([1, 3])
+    ```
+    """
+
+    def __init__(self, config: EBTConfig) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        conditioned = config.step_conditioning != "none"
+        self.step_embeddings = nn.Embedding(config.num_landscapes, config.hidden_size) if conditioned else None
+        self.layers = nn.ModuleList([EBTDecoderLayer(config, index) for index in range(config.num_hidden_layers)])
+        self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        modulated = config.step_conditioning in ("adaln", "adaln_zero")
+        self.final_modulation = nn.Linear(config.hidden_size, 2 * config.hidden_size) if modulated else None
+        # no bias: only energy differences matter, and a bias would never get a gradient
+        self.energy_head = nn.Linear(config.hidden_size, 1, bias=False)
+        self.rotary_emb = LlamaRotaryEmbedding(config=config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @property
+    def has_step_token(self) -> bool:
+        """Whether a learned token in front of the context tells the landscape."""
+        return self.config.step_conditioning == "time_embed"
+
+    @can_return_tuple
+    @merge_with_config_defaults
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        candidate_embeds: torch.FloatTensor | None = None,
+        landscape: int = 0,
+        num_landscapes: int | None = None,
+        context: EBTContext | None = None,
+        need_hidden: bool = True,
+        **kwargs: Any,
+    ) -> EBTModelOutputWithPast:
+        """
+        Args:
+            input_ids (`torch.LongTensor` of shape `(B, S)`, *optional*): new context tokens.
+            attention_mask (`Tensor` of shape `(B, past + S)`, *optional*): 1 for tokens, 0 for padding, left or right.
+            position_ids (`torch.LongTensor` of shape `(B, S)`, *optional*): counted from `attention_mask` by default.
+            past_key_values (`Cache`, *optional*): context of earlier calls.
+            inputs_embeds (`torch.FloatTensor` of shape `(B, S, D)`, *optional*): instead of `input_ids`.
+            use_cache (`bool`, *optional*, defaults to `config.use_cache`): return `past_key_values`.
+            output_hidden_states, output_attentions (`bool`, *optional*): of the context stream.
+            candidate_embeds (`torch.FloatTensor` of shape `(B, N, D)`, *optional*): embedded candidates to score.
+            landscape (`int`, *optional*, defaults to 0): the energy landscape candidates are scored on.
+            num_landscapes (`int`, *optional*): encode the context for the first so many landscapes (all by default).
+            context ([`EBTContext`], *optional*): of an earlier call, instead of tokens.
+            need_hidden (`bool`, *optional*, defaults to `True`): compute `last_hidden_state`; candidates only need keys.
+
+        Returns:
+            [`EBTModelOutputWithPast`].
+
+        Raises:
+            ValueError: for empty input, both or neither of `input_ids` and `inputs_embeds`, token ids outside the
+                vocabulary, a row without any token, or a context longer than `config.max_position_embeddings`.
+        """
+        output = EBTModelOutputWithPast(context=context)
+        if context is None:
+            output = self._encode_context(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                inputs_embeds=inputs_embeds,
+                use_cache=bool(use_cache),
+                output_hidden_states=self._requested(output_hidden_states, "output_hidden_states"),
+                output_attentions=self._requested(output_attentions, "output_attentions"),
+                num_landscapes=num_landscapes or self.config.num_landscapes,
+                need_hidden=need_hidden,
+            )
+        if candidate_embeds is not None:
+            output.energies = self._score_candidates(candidate_embeds, output.context, landscape)
+        return output
+
+    def _requested(self, value: bool | None, name: str) -> bool:
+        return bool(getattr(self.config, name, False) if value is None else value)
+
+    def _encode_context(
+        self,
+        input_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        past_key_values: Cache | None,
+        inputs_embeds: Tensor | None,
+        use_cache: bool,
+        output_hidden_states: bool,
+        output_attentions: bool,
+        num_landscapes: int,
+        need_hidden: bool,
+    ) -> EBTModelOutputWithPast:
+        """The context stream: every landscape is one more row of the batch, so weights are read once."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Give exactly one of `input_ids` and `inputs_embeds`.")
+        if inputs_embeds is None:
+            check_token_ids(input_ids, self.config.vocab_size)
+            inputs_embeds = self.embed_tokens(input_ids)
+        batch, length, _ = inputs_embeds.shape
+        device = inputs_embeds.device
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        past = 0 if past_key_values is None else int(past_key_values.get_seq_length())
+        columns = past + length if past_key_values is None else past_key_values.get_mask_sizes(length, 0)[0]
+        check_length(batch, length, past, self.config.max_position_embeddings)
+        check_attention_mask(attention_mask, batch, past + length)
+        if past > 0:
+            num_landscapes = self._cached_landscapes(past_key_values, num_landscapes)
+
+        if position_ids is None:
+            position_ids = positions_from_mask(attention_mask, length, past, device)
+        visible = visible_columns(attention_mask, length, columns, past, device)
+        steps = 1 if self.has_step_token else 0
+        hidden = inputs_embeds[:, None].expand(batch, num_landscapes, length, -1)
+        rotary_positions = position_ids + steps
+        if steps:
+            tokens = self.step_embeddings.weight[:num_landscapes].to(hidden.dtype)
+            tokens = tokens[None, :, None].expand(batch, -1, -1, -1)
+            hidden = torch.cat([tokens, hidden], dim=2)
+            rotary_positions = torch.nn.functional.pad(rotary_positions, (1, 0), value=0)
+            candidate_mask = with_step_column(visible)
+        else:
+            candidate_mask = visible
+        hidden = hidden.reshape(batch * num_landscapes, steps + length, -1)
+        rotary = self._rotary(hidden, rotary_positions, num_landscapes)
+        mask = self._attention_mask(attention_mask, visible, past, columns, num_landscapes, hidden.dtype)
+        condition = None
+        if self.final_modulation is not None:
+            condition = self.step_embeddings.weight[:num_landscapes].repeat(batch, 1)
+
+        keys: list[Tensor] = []
+        values: list[Tensor] = []
+        all_hidden: list[Tensor] = []
+        all_weights: list[Tensor | None] = []
+        need_hidden = need_hidden or output_hidden_states or output_attentions
+
+        def of_last_landscape(tensor: Tensor) -> Tensor:
+            return tensor.view(batch, num_landscapes, *tensor.shape[1:])[:, -1]
+
+        for index, layer in enumerate(self.layers):
+            if output_hidden_states:
+                all_hidden.append(of_last_landscape(hidden)[:, steps:])
+            extend = None
+            if past_key_values is not None:
+                extend = self._cache_extension(past_key_values, index, batch, num_landscapes)
+            keys_only = not need_hidden and index == len(self.layers) - 1
+            call: Callable = layer
+            if self.gradient_checkpointing and self.training:
+                call = self._checkpointed(layer)
+            hidden, key, value, weights = call(hidden, rotary, mask, condition, None, extend, keys_only)
+            keys.append(key.view(batch, num_landscapes, *key.shape[1:]))
+            values.append(value.view(batch, num_landscapes, *value.shape[1:]))
+            if output_attentions and weights is not None:
+                all_weights.append(of_last_landscape(weights))
+
+        last = None
+        if need_hidden:
+            last = self.norm(of_last_landscape(hidden)[:, steps:])
+            if output_hidden_states:
+                all_hidden.append(last)
+        return EBTModelOutputWithPast(
+            last_hidden_state=last,
+            past_key_values=past_key_values,
+            hidden_states=tuple(all_hidden) if output_hidden_states else None,
+            attentions=tuple(all_weights) if output_attentions else None,
+            context=EBTContext(keys, values, candidate_mask, position_ids + 1 + steps),
+        )
+
+    def _checkpointed(self, layer: nn.Module) -> Callable:
+        def call(*args: Any) -> Any:
+            return self._gradient_checkpointing_func(layer.__call__, *args)
+
+        return call
+
+    def _cached_landscapes(self, cache: Cache, wanted: int) -> int:
+        cached = cache.layers[0].keys.shape[1] // self.config.num_key_value_heads
+        if cached < wanted:
+            raise ValueError(
+                f"The cache holds the context of {cached} landscape(s), but this call needs {wanted}. Use the number of "
+                "thinking steps the cache was made with, or start with an empty cache."
+            )
+        return cached
+
+    def _cache_extension(self, cache: Cache, layer: int, batch: int, landscapes: int) -> Callable:
+        """Appends to the cache, landscapes side by side as heads; the step token is put in front, not cached."""
+        steps = 1 if self.has_step_token else 0
+
+        def extend(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+            cached = cache.update(
+                *(part[:, :, steps:].reshape(batch, -1, *_tail(part, steps)) for part in (key, value)), layer
+            )
+            full = []
+            for own, stored in zip((key, value), cached, strict=True):
+                stored = stored.reshape(batch * landscapes, -1, *stored.shape[-2:])
+                full.append(torch.cat([own[:, :, :steps], stored], dim=2) if steps else stored)
+            return full[0], full[1]
+
+        return extend
+
+    def _rotary(self, hidden: Tensor, position_ids: Tensor, repeats: int) -> tuple[Tensor, Tensor]:
+        cos, sin = self.rotary_emb(hidden, position_ids=position_ids)
+        if repeats > 1 and cos.shape[0] > 1:
+            cos, sin = cos.repeat_interleave(repeats, dim=0), sin.repeat_interleave(repeats, dim=0)
+        return cos, sin
+
+    def _attention_mask(
+        self, given: Tensor | None, visible: Tensor, past: int, columns: int, landscapes: int, dtype: torch.dtype
+    ) -> Tensor | None:
+        """The context stream's mask, or None where plain causality says it all and the backend has it built in."""
+        eager = self.config._attn_implementation == "eager"
+        unpadded = given is None or (given.dim() == 2 and bool(given.all()))
+        if unpadded and past == 0 and columns == visible.shape[-2] and not eager:
+            return None
+        visible = with_own_column(visible, past)
+        if self.has_step_token:
+            visible = with_step_row(with_step_column(visible))
+        if visible.shape[0] > 1:
+            visible = visible.repeat_interleave(landscapes, dim=0)
+        return additive(visible, dtype) if eager else visible
+
+    def _score_candidates(self, candidate_embeds: Tensor, context: EBTContext, landscape: int) -> Tensor:
+        """Energies (B, N) of embedded candidates (B, N, D), in float32."""
+        if not 0 <= landscape < context.num_landscapes:
+            raise ValueError(
+                f"`landscape` must be between 0 and {context.num_landscapes - 1} for this context, got {landscape}."
+            )
+        hidden = candidate_embeds
+        rotary = self._rotary(hidden, context.position_ids, 1)
+        condition = None
+        if self.final_modulation is not None:
+            condition = self.step_embeddings.weight[landscape][None]
+        for layer, key, value in zip(self.layers, context.keys, context.values, strict=True):
+            hidden = layer(hidden, rotary, context.mask, condition, (key[:, landscape], value[:, landscape]))[0]
+        hidden = self.norm(hidden)
+        if self.final_modulation is not None:
+            shift, scale = self.final_modulation(nn.functional.silu(condition)).unsqueeze(1).chunk(2, dim=-1)
+            hidden = modulate(hidden, shift, scale)
+        return self.energy_head(hidden).squeeze(-1).float()
+
+
+def _tail(part: Tensor, steps: int) -> tuple[int, int]:
+    return part.shape[2] - steps, part.shape[3]
+
+
+class EBTForCausalLM(EBTGenerationMixin, EBTPreTrainedModel, GenerationMixin):
+    r"""
+    Energy-Based Transformer language model: the next token's logits are found by descending an energy.
+
+    Args:
+        config ([`EBTConfig`]): the architecture.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from ebt_transformers import EBTConfig, EBTForCausalLM
+
+    >>> model = EBTForCausalLM(EBTConfig.from_preset("4xs", vocab_size=32)).eval()
+    >>> output = model(torch.tensor([[1, 2, 3]]), thinking_steps=4, output_energies=True)
+    >>> output.logits.shape, output.energies.shape
+    (torch.Size([1, 3, 32]), torch.Size([1, 3, 5]))
+    ```
+    """
+
+    _tied_weights_keys = {"candidate_embedding.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: EBTConfig) -> None:
+        super().__init__(config)
+        self.model = EBTModel(config)
+        # (V, D), used in both directions: distributions are mixed with it, gradients are projected with it
+        self.candidate_embedding = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.step_size = EBTStepSize(config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The candidate embedding: it plays the output layer's part in resizing and tying."""
+        return self.candidate_embedding
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        """Replaces the candidate embedding."""
+        self.candidate_embedding = new_embeddings
+
+    @outside_inference_mode
+    @can_return_tuple
+    @merge_with_config_defaults
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        thinking: ThinkingConfig | dict[str, Any] | None = None,
+        initial_candidate: torch.FloatTensor | None = None,
+        output_energies: bool | None = None,
+        **kwargs: Any,
+    ) -> EBTCausalLMOutputWithPast:
+        """
+        Args:
+            input_ids (`torch.LongTensor` of shape `(B, S)`, *optional*): context tokens; candidate `s` is for token
+                `s + 1`.
+            attention_mask (`Tensor` of shape `(B, past + S)`, *optional*): 1 for tokens, 0 for padding, left or right.
+            position_ids (`torch.LongTensor` of shape `(B, S)`, *optional*): counted from `attention_mask` by default.
+            past_key_values (`Cache`, *optional*): context of earlier calls.
+            inputs_embeds (`torch.FloatTensor` of shape `(B, S, D)`, *optional*): instead of `input_ids`.
+            labels (`torch.LongTensor` of shape `(B, S)`, *optional*): tokens, shifted inside, -100 ignored. Already
+                shifted labels can be given as `shift_labels`.
+            use_cache (`bool`, *optional*, defaults to `config.use_cache`): return `past_key_values`.
+            output_hidden_states, output_attentions (`bool`, *optional*): of the context stream.
+            logits_to_keep (`int` or `Tensor`, *optional*, defaults to 0): think at the last so many positions only, or at
+                the positions given; 0 means all.
+            thinking ([`ThinkingConfig`] or `dict`, *optional*): how to think; its fields can also be given flat, as
+                `thinking_steps=8`. Unset fields come from the config.
+            initial_candidate (`torch.FloatTensor` of shape `(B, T, V)` or `(B, M, T, V)`, *optional*): logits to start
+                from.
+            output_energies (`bool`, *optional*): return `energies`, the last being that of the returned logits (one more
+                forward of the candidate stream).
+            kwargs: `num_items_in_batch` and `shift_labels` for the loss.
+
+        Returns:
+            [`EBTCausalLMOutputWithPast`].
+
+        Raises:
+            ValueError: for bad input (see [`EBTModel.forward`]), thinking options that are unknown or out of range, or an
+                initial candidate of the wrong shape.
+        """
+        flat = {name: kwargs.pop(name) for name in list(kwargs) if name.startswith("thinking_")}
+        thinking = self._resolve_thinking(thinking, flat)
+        schedule = self._schedule(thinking)
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache and not (self.training and labels is not None),
+            output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
+            num_landscapes=max(step.landscape for step in schedule) + 1,
+            need_hidden=False,
+        )
+        positions = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        context = outputs.context.keep(
+            positions if not isinstance(positions, slice) or logits_to_keep else slice(None)
+        )
+        batch = (input_ids if inputs_embeds is None else inputs_embeds).shape[0]
+        state = self._initial_state(batch, context, thinking, initial_candidate)
+        objective = _StepLosses(self, labels, kwargs) if labels is not None or "shift_labels" in kwargs else None
+        result = self._think(state, context, schedule, thinking, bool(output_energies), objective)
+        logits, energies, steps_taken = self._select(result, thinking, state.shape[1])
+        if not self.training and not bool(torch.isfinite(result.energies[-1]).all()):
+            raise ValueError(
+                "The energy is not finite (NaN or infinity). The weights are broken, or the step size "
+                f"({float(schedule[-1].step_size):g}) is far too large: try a smaller `thinking_step_size_scale`."
+            )
+        step_losses = objective.stacked() if objective is not None and state.shape[1] == 1 else None
+        loss = None
+        if objective is not None:
+            loss = objective.training_loss() if self.training else objective(logits)
+        return EBTCausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            energies=energies if output_energies else None,
+            steps_taken=steps_taken,
+            step_losses=step_losses,
+            mean_energies=self._mean_energies(result, objective) if self.training else None,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    @outside_inference_mode
+    def energy(
+        self,
+        input_ids: torch.LongTensor,
+        candidate_ids: torch.LongTensor | None = None,
+        candidate_probs: torch.FloatTensor | None = None,
+        attention_mask: Tensor | None = None,
+        landscape: int | None = None,
+    ) -> torch.FloatTensor:
+        """
+        Energy of given candidates: how badly each fits its context. Lower is better; only differences within a position
+        mean anything.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(B, S)`): context tokens.
+            candidate_ids (`torch.LongTensor` of shape `(B, S)` or `(B, M, S)`, *optional*): candidate tokens; the one at
+                `s` stands for token `s + 1`.
+            candidate_probs (`torch.FloatTensor` of shape `(B, S, V)` or `(B, M, S, V)`, *optional*): candidate
+                distributions instead. The result is differentiable in them.
+            attention_mask (`Tensor` of shape `(B, S)`, *optional*): 1 for tokens, 0 for padding.
+            landscape (`int`, *optional*): which landscape to score on; the last by default.
+
+        Returns:
+            `torch.FloatTensor` of shape `(B, S)` or `(B, M, S)`, in float32.
+
+        Raises:
+            ValueError: for both or neither kind of candidate, or a shape that does not fit the context.
+
+        Example:
+
+        ```python
+        >>> import torch
+        >>> from ebt_transformers import EBTConfig, EBTForCausalLM
+
+        >>> model = EBTForCausalLM(EBTConfig.from_preset("4xs", vocab_size=32)).eval()
+        >>> ids = torch.tensor([[1, 2, 3, 4]])
+        >>> model.energy(ids[:, :-1], candidate_ids=ids[:, 1:]).shape
+        torch.Size([1, 3])
+        ```
+        """
+        if (candidate_ids is None) == (candidate_probs is None):
+            raise ValueError("Give exactly one of `candidate_ids` and `candidate_probs`.")
+        given = candidate_ids if candidate_probs is None else candidate_probs[..., 0]
+        if given.dim() not in (2, 3) or (given.shape[0], given.shape[-1]) != tuple(input_ids.shape):
+            raise ValueError(
+                f"Candidates must be one (or M) for each of the {tuple(input_ids.shape)} context positions, got shape "
+                f"{tuple((candidate_ids if candidate_probs is None else candidate_probs).shape)}."
+            )
+        last = self.config.num_landscapes - 1
+        landscape = last if landscape is None else landscape
+        if not 0 <= landscape <= last:
+            raise ValueError(f"`landscape` must be between 0 and {last}, got {landscape}.")
+        table = self.candidate_embedding.weight
+        if candidate_ids is not None:
+            check_token_ids(candidate_ids, self.config.vocab_size, "candidate_ids")
+            embeds = nn.functional.embedding(candidate_ids, table)
+        else:
+            if candidate_probs.shape[-1] != self.config.vocab_size:
+                raise ValueError(
+                    f"`candidate_probs` must range over the vocabulary of {self.config.vocab_size}, got "
+                    f"{candidate_probs.shape[-1]}."
+                )
+            embeds = TextCandidates(table).embed(candidate_probs)
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            use_cache=False,
+            num_landscapes=landscape + 1,
+            need_hidden=False,
+        )
+        context = outputs.context.repeat_candidates(1 if given.dim() == 2 else given.shape[1])
+        energies = self.model(candidate_embeds=embeds.flatten(1, -2), context=context, landscape=landscape).energies
+        return energies.view(given.shape)
+
+    def _resolve_thinking(
+        self, thinking: ThinkingConfig | dict[str, Any] | None, flat: dict[str, Any]
+    ) -> ThinkingConfig:
+        """This call's options over the config's; in training a single candidate and torch's own randomness."""
+        called = ThinkingConfig.from_value({name: value for name, value in flat.items() if value is not None})
+        called = called.merged_over(ThinkingConfig.from_value(thinking))
+        defaults = ThinkingConfig.from_value(self.config.default_thinking())
+        if self.training:
+            if (called.candidates or 1) > 1 or called.tolerance is not None or called.accept_only_lower_energy:
+                raise ValueError(
+                    "Several candidates, a tolerance and `accept_only_lower_energy` are for evaluation: call "
+                    "`model.eval()` first."
+                )
+            defaults = ThinkingConfig(
+                steps=defaults.steps,
+                step_size_scale=defaults.step_size_scale,
+                noise_std=defaults.noise_std,
+                candidates=1,
+                selection=defaults.selection,
+                noise_first_step_only=False,
+                accept_only_lower_energy=False,
+                init=self.config.candidate_init.replace("zeros", "mean"),
+                seed=-1,
+            )
+        return called.merged_over(defaults)
+
+    def _schedule(self, thinking: ThinkingConfig) -> list[DescentStep]:
+        """One [`DescentStep`] for every thinking step."""
+        last = self.config.num_landscapes - 1
+        landscapes = thinking.landscapes
+        if landscapes is None:
+            landscapes = [min(index, last) for index in range(thinking.steps)]
+        if max(landscapes) > last:
+            raise ValueError(f"`thinking_landscapes` must be between 0 and {last} for this model, got {landscapes}.")
+        scale = thinking.step_size_scale
+        scales = list(scale) if isinstance(scale, (list, tuple)) else [scale] * len(landscapes)
+        if len(scales) != len(landscapes):
+            raise ValueError(
+                f"`thinking_step_size_scale` must be a number or one number for each of the {len(landscapes)} steps, got "
+                f"{len(scales)}."
+            )
+        size = self.step_size() if thinking.step_size is None else float(thinking.step_size)
+        noises = [thinking.noise_std] * len(landscapes)
+        if thinking.noise_first_step_only:
+            noises[1:] = [0.0] * (len(landscapes) - 1)
+        return [
+            DescentStep(landscape, size if factor == 1 else size * factor, noise)
+            for landscape, factor, noise in zip(landscapes, scales, noises, strict=True)
+        ]
+
+    def _generator(self, thinking: ThinkingConfig, device: torch.device, offset: int = 0) -> torch.Generator | None:
+        if thinking.seed == -1:
+            return None
+        return torch.Generator(device).manual_seed(thinking.seed * 1_000_003 + offset)
+
+    def _initial_state(
+        self, batch: int, context: EBTContext, thinking: ThinkingConfig, given: Tensor | None
+    ) -> Tensor:
+        """Initial logits (B, M, T, V) in float32."""
+        vocab, device = self.candidate_embedding.weight.shape[0], self.candidate_embedding.weight.device
+        shape = (batch, thinking.candidates, context.position_ids.shape[1], vocab)
+        if given is not None:
+            state = given[:, None] if given.dim() == 3 else given
+            if state.dim() == 4 and state.shape[1] > 1 and thinking.candidates == 1 and not self.training:
+                shape = (batch, state.shape[1], *shape[2:])
+            if state.shape != shape:
+                raise ValueError(
+                    f"`initial_candidate` must have shape {shape} (rows, candidates, positions, vocabulary) or leave out "
+                    f"the candidates, got {tuple(given.shape)}."
+                )
+            return state.to(device=device, dtype=torch.float32)
+        std = float(self.config.candidate_init_std)
+        if self.training:
+            if thinking.init == "mean":
+                return torch.zeros(shape, device=device)
+            return std * standard_normal(shape, None, device, torch.float32)
+        # random starts are shared by all rows and positions: a row's result does not depend on its batch
+        starts = torch.zeros(shape[1], vocab, device=device)
+        first = 1 if thinking.init == "mean" else 0
+        if shape[1] > first:
+            generator = self._generator(thinking, device)
+            starts[first:] = std * standard_normal((shape[1] - first, vocab), generator, device, torch.float32)
+        return starts[None, :, None].expand(shape)
+
+    def _think(
+        self,
+        state: Tensor,
+        context: EBTContext,
+        schedule: list[DescentStep],
+        thinking: ThinkingConfig,
+        output_energies: bool,
+        objective: "_StepLosses | None",
+    ) -> DescentOutput:
+        """Descends all candidates of all positions at once; states are (B, N, V), candidate-major."""
+        candidates = state.shape[1]
+        context = context.repeat_candidates(candidates)
+        learning = self.training and torch.is_grad_enabled()
+
+        def energy(embedded: Tensor, landscape: int) -> Tensor:
+            return self.model(candidate_embeds=embedded, context=context, landscape=landscape).energies
+
+        graph = "none"
+        if learning:
+            graph = "all" if self.config.loss_on_steps == "all" else "last"
+        columns = context.mask.shape[-1]
+        return descend(
+            energy,
+            TextCandidates(self.candidate_embedding.weight, self.config.update),
+            state.flatten(1, 2),
+            schedule,
+            detach_between_steps=self.config.detach_between_steps or not learning,
+            graph_on_steps=graph,
+            accept_only_lower_energy=thinking.accept_only_lower_energy,
+            tolerance=thinking.tolerance,
+            final_energy=output_energies or candidates > 1,
+            generator=self._generator(thinking, state.device, columns),
+            checkpoint=self._gradient_checkpointing_func if learning and self.gradient_checkpointing else None,
+            on_step=objective.record if objective is not None and candidates == 1 else None,
+        )
+
+    def _select(
+        self, result: DescentOutput, thinking: ThinkingConfig, candidates: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The chosen candidate of every position: logits (B, T, V), energies (B, T, K or K + 1), steps (B, T)."""
+        energies = torch.stack(result.energies, dim=-1)
+        if candidates == 1:
+            return result.state, energies, result.steps_taken
+        energies = energies.unflatten(1, (candidates, -1))
+        if thinking.selection == "min_energy":
+            chosen = energies[..., -1].argmin(1)
+        elif thinking.selection == "max_energy":
+            chosen = energies[..., -1].argmax(1)
+        else:
+            chosen = (energies[..., 0] - energies[..., -1]).argmax(1)
+
+        def pick(tensor: Tensor) -> Tensor:
+            index = chosen.reshape(chosen.shape[0], 1, chosen.shape[1], *(1,) * (tensor.dim() - 3))
+            return tensor.gather(1, index.expand(-1, -1, -1, *tensor.shape[3:])).squeeze(1)
+
+        return (
+            pick(result.state.unflatten(1, (candidates, -1))),
+            pick(energies),
+            pick(result.steps_taken.unflatten(1, (candidates, -1))),
+        )
+
+    def _mean_energies(self, result: DescentOutput, objective: "_StepLosses | None") -> Tensor:
+        """Mean energy before each step over the positions with a label, (K,)."""
+        energies = torch.stack([energy.detach() for energy in result.energies])
+        counted = None if objective is None else objective.counted(energies.shape[1:])
+        return energies.flatten(1).mean(1) if counted is None else energies[:, counted].mean(1)
+
+    @staticmethod
+    def create_masks_for_generate(attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
+        """The model builds its own masks, also for static caches: the tokens' mask is all it needs."""
+        return attention_mask
+
+
+class _StepLosses:
+    """Cross-entropy after every step, by transformers' own causal language model loss."""
+
+    def __init__(self, model: EBTForCausalLM, labels: Tensor | None, kwargs: dict[str, Any]) -> None:
+        self.model = model
+        self.labels = labels
+        self.kwargs = kwargs
+        self.losses: list[Tensor] = []
+        self.scored = "all" if model.config.loss_on_steps == "all" else "last"
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        return self.model.loss_function(
+            logits=logits, labels=self.labels, vocab_size=self.model.config.vocab_size, **self.kwargs
+        )
+
+    def record(self, index: int, state: Tensor, energy: Tensor) -> None:
+        """Called by the descent after each step."""
+        self.losses.append(self(state))
+
+    def training_loss(self) -> Tensor:
+        """The recipe's objective: mean over steps (s1) or the last step (s2)."""
+        return torch.stack(self.losses).mean() if self.scored == "all" else self.losses[-1]
+
+    def stacked(self) -> Tensor:
+        """(K,), detached."""
+        return torch.stack(self.losses).detach()
+
+    def counted(self, shape: torch.Size) -> Tensor | None:
+        """Which positions have a label, (B, T); None when the logits cover other positions than the labels."""
+        labels = self.kwargs.get("shift_labels")
+        if labels is None:
+            labels = nn.functional.pad(self.labels, (0, 1), value=-100)[..., 1:]
+        return (labels != -100) if labels.shape == shape else None
+
+
+__all__ = ["EBTForCausalLM", "EBTModel", "EBTPreTrainedModel"]

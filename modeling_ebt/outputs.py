@@ -1,0 +1,96 @@
+"""What the models return."""
+
+from dataclasses import dataclass
+
+import torch
+from transformers.cache_utils import Cache
+from transformers.utils import ModelOutput
+
+
+@dataclass
+class EBTContext:
+    """
+    The context stream, ready for candidates to attend to. ``B`` rows, ``K`` landscapes, ``C`` key columns (cached tokens,
+    new tokens and, with `step_conditioning="time_embed"`, the step token in front).
+
+    Args:
+        keys, values (`list[Tensor]`): for every layer `(B, K, H_kv, C, d)`.
+        mask (`Tensor` of shape `(B or 1, 1, S, C)`): True where the candidate of new token `s` may look.
+        position_ids (`Tensor` of shape `(B or 1, S)`): rotary positions of the candidates.
+    """
+
+    keys: list[torch.Tensor]
+    values: list[torch.Tensor]
+    mask: torch.Tensor
+    position_ids: torch.Tensor
+
+    @property
+    def num_landscapes(self) -> int:
+        """Landscapes this context was computed for."""
+        return self.keys[0].shape[1]
+
+    def keep(self, positions: torch.Tensor | slice) -> "EBTContext":
+        """The same context with candidates at some of the new positions only."""
+        return EBTContext(self.keys, self.values, self.mask[:, :, positions], self.position_ids[:, positions])
+
+    def repeat_candidates(self, count: int) -> "EBTContext":
+        """The same context with `count` candidates at every position, candidate-major; keys are shared, not copied."""
+        if count == 1:
+            return self
+        return EBTContext(self.keys, self.values, self.mask.repeat(1, 1, count, 1), self.position_ids.repeat(1, count))
+
+
+@dataclass
+class EBTModelOutputWithPast(ModelOutput):
+    """
+    Output of [`EBTModel`].
+
+    Args:
+        last_hidden_state (`torch.FloatTensor` of shape `(B, S, D)`, *optional*):
+            Normed hidden states of the context stream on its last landscape.
+        energies (`torch.FloatTensor` of shape `(B, N)`, *optional*): energies of the candidates, in float32.
+        past_key_values (`Cache`, *optional*): keys and values of the context, the landscapes side by side as heads.
+        hidden_states (`tuple` of `(B, S, D)`, *optional*): context stream on its last landscape, embeddings first.
+        attentions (`tuple` of `(B, H, S, C)`, *optional*): context attention on its last landscape (eager only).
+        context ([`EBTContext`], *optional*): what candidates attend to; pass it back to score candidates.
+    """
+
+    last_hidden_state: torch.FloatTensor | None = None
+    energies: torch.FloatTensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+    context: EBTContext | None = None
+
+
+@dataclass
+class EBTCausalLMOutputWithPast(ModelOutput):
+    """
+    Output of [`EBTForCausalLM`]. ``B`` rows, ``T`` positions thought about, ``K`` thinking steps.
+
+    Args:
+        loss (`torch.FloatTensor` of shape `(1,)`, *optional*):
+            In training mode the recipe's objective, in evaluation mode the cross-entropy of the final logits.
+        logits (`torch.FloatTensor` of shape `(B, T, V)`): next-token logits after the last step, in float32.
+        energies (`torch.FloatTensor` of shape `(B, T, K + 1)`, *optional*):
+            With `output_energies=True`: energy of the chosen candidate before every step and after the last.
+        steps_taken (`torch.LongTensor` of shape `(B, T)`, *optional*): steps that moved the chosen candidate.
+        step_losses (`torch.FloatTensor` of shape `(K,)`, *optional*): cross-entropy after each step, with labels.
+        mean_energies (`torch.FloatTensor` of shape `(K,)`, *optional*): mean energy before each step, in training mode.
+        past_key_values (`Cache`, *optional*): keys and values of the context, the landscapes side by side as heads.
+        hidden_states (`tuple` of `(B, S, D)`, *optional*): context stream on its last landscape, embeddings first.
+        attentions (`tuple` of `(B, H, S, C)`, *optional*): context attention on its last landscape (eager only).
+    """
+
+    loss: torch.FloatTensor | None = None
+    logits: torch.FloatTensor | None = None
+    energies: torch.FloatTensor | None = None
+    steps_taken: torch.LongTensor | None = None
+    step_losses: torch.FloatTensor | None = None
+    mean_energies: torch.FloatTensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+
+
+__all__ = ["EBTCausalLMOutputWithPast", "EBTContext", "EBTModelOutputWithPast"]
