@@ -41,10 +41,12 @@ class EBTConfig(PreTrainedConfig):
         initializer_range (`float`, *optional*, defaults to 1.0):
             Standard deviation of the token and step embeddings at initialisation. Matrices are Xavier-normal.
         step_conditioning (`str`, *optional*, defaults to `"time_embed"`):
-            How the energy knows which landscape it is: `"none"` (one landscape for all steps), `"time_embed"` (a learned
-            token in front of the context), `"adaln"` or `"adaln_zero"` (modulated norms, the latter starting at zero).
+            How the energy knows which landscape it is: `"none"` (one landscape for all steps), `"time_embed"` (a
+            learned token in front of the context), `"adaln"` or `"adaln_zero"` (modulated norms, the latter starting
+            at zero).
         num_landscapes (`int`, *optional*, defaults to 2):
-            Number of energy landscapes; step `i` moves on landscape `min(i, num_landscapes - 1)`. Must be 1 for `"none"`.
+            Number of energy landscapes; step `i` moves on landscape `min(i, num_landscapes - 1)`. Must be 1 for
+            `"none"`.
         candidate_embedding (`str`, *optional*, defaults to `"linear"`):
             `"linear"`: candidates have an embedding table of their own. `"shared"`: they use the token embedding (the
             same as `tie_word_embeddings=True`).
@@ -54,8 +56,8 @@ class EBTConfig(PreTrainedConfig):
         step_size (`float`, *optional*, defaults to 500.0): Initial step size [alpha]; published values are 5 to 500.
         learn_step_size (`bool`, *optional*, defaults to `True`): Whether the step size is trained.
         update (`str`, *optional*, defaults to `"replace"`):
-            `"replace"`: new logits = distribution - step size x gradient (the official code). `"residual"`: new logits =
-            logits - step size x gradient (entropic mirror descent; keeps what earlier steps found).
+            `"replace"`: new logits = distribution - step size x gradient (the official code). `"residual"`: new logits
+            = logits - step size x gradient (entropic mirror descent; keeps what earlier steps found).
         detach_between_steps (`bool`, *optional*, defaults to `True`): Whether a step's gradient stops at its start.
         loss_on_steps (`str`, *optional*, defaults to `"all"`):
             Training objective: `"all"` averages the cross-entropy of every step (recipe s1), `"last"` scores the last
@@ -169,8 +171,8 @@ class EBTConfig(PreTrainedConfig):
             )
         if self.step_conditioning == "none" and self.num_landscapes != 1:
             raise ValueError(
-                f"`step_conditioning='none'` has one landscape, got `num_landscapes={self.num_landscapes}`. Set it to 1 "
-                "and give the number of steps as `thinking_steps`."
+                f"`step_conditioning='none'` has one landscape, got `num_landscapes={self.num_landscapes}`. Set it to "
+                "1 and give the number of steps as `thinking_steps`."
             )
         if self.tie_word_embeddings != (self.candidate_embedding == "shared"):
             raise ValueError(
@@ -184,7 +186,7 @@ class EBTConfig(PreTrainedConfig):
         self.default_thinking()  # raises for bad thinking defaults
 
     def default_thinking(self) -> ThinkingConfig:
-        """The thinking a call gets when it says nothing: every field of [`ThinkingConfig`] but the overrides is set."""
+        """The thinking a call gets when it says nothing."""
         return ThinkingConfig(
             steps=self.num_landscapes if self.thinking_steps is None else self.thinking_steps,
             candidates=self.thinking_candidates,

@@ -32,8 +32,8 @@ class ThinkingConfig:
 
     Args:
         steps (`int`, *optional*, at least 1):
-            Gradient steps on the energy for each prediction [N in Alg. 1]. Step `i` moves on landscape `i`; steps beyond
-            the number of landscapes repeat the last one. (`num_landscapes`)
+            Gradient steps on the energy for each prediction [N in Alg. 1]. Step `i` moves on landscape `i`; steps
+            beyond the number of landscapes repeat the last one. (`num_landscapes`)
         candidates (`int`, *optional*, at least 1):
             Starts descended side by side; the best by `selection` is kept per position [M in Alg. 2]. (1)
         selection (`str`, *optional*):
@@ -44,7 +44,8 @@ class ThinkingConfig:
         step_size_scale (`float` or `list[float]`, *optional*, above 0):
             Multiplies the step size; a list gives one factor per step. (1.0)
         noise_std (`float`, *optional*, at least 0):
-            Standard deviation of the Gaussian noise added to the candidate logits before every step [sigma, Eq. 2]. (0)
+            Standard deviation of the Gaussian noise added to the candidate logits before every step [sigma, Eq. 2].
+            (0)
         noise_first_step_only (`bool`, *optional*):
             Adds that noise before the first step only. (`False`)
         accept_only_lower_energy (`bool`, *optional*):
@@ -52,10 +53,12 @@ class ThinkingConfig:
         tolerance (`float`, *optional*, at least 0):
             A position stops when its energy changed by at most this much in a step on the same landscape. (never)
         init (`str`, *optional*):
-            `"mean"`: candidate 0 starts at the mean of the trained initial distribution (zero logits), so that the result
-            is deterministic. `"normal"`: every candidate starts at random logits of the trained spread. (`"mean"`)
+            `"mean"`: candidate 0 starts at the mean of the trained initial distribution (zero logits), so that the
+            result is deterministic. `"normal"`: every candidate starts at random logits of the trained spread.
+            (`"mean"`)
         seed (`int`, *optional*):
-            Seeds random starts and noise, so that a call can be repeated exactly; -1 uses torch's global generator. (0)
+            Seeds random starts and noise, so that a call can be repeated exactly; -1 uses torch's global generator.
+            (0)
         landscapes (`list[int]`, *optional*):
             The landscape of every step, written out; replaces `steps`.
 

@@ -37,10 +37,11 @@ def transformer_pp_config(preset: str | EBTConfig, **overrides: Any) -> LlamaCon
         values["rms_norm_eps"] = defaults.rms_norm_eps
     else:
         shared = (
-            "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
-            "hidden_act max_position_embeddings rope_parameters rms_norm_eps pad_token_id bos_token_id eos_token_id"
+            *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim", "hidden_act"),
+            *("num_attention_heads", "num_key_value_heads", "max_position_embeddings", "rope_parameters"),
+            *("rms_norm_eps", "pad_token_id", "bos_token_id", "eos_token_id"),
         )
-        values = {name: getattr(preset, name) for name in shared.split()}
+        values = {name: getattr(preset, name) for name in shared}
     values.update({"bos_token_id": None, "eos_token_id": None} if isinstance(preset, str) else {})
     return LlamaConfig(**{**values, **overrides})
 

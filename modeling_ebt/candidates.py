@@ -9,9 +9,9 @@ class TextCandidates:
     """
     Candidates for the next token, as logits over the vocabulary.
 
-    ``B`` rows, ``N`` candidates a row, ``V`` vocabulary, ``D`` width. The energy is a function of the embedded candidate
-    `c = p W` only, so its gradient with respect to the distribution is `(dE/dc) W^T`: autograd runs through the
-    transformer (D-sized), never through anything V-sized.
+    ``B`` rows, ``N`` candidates a row, ``V`` vocabulary, ``D`` width. The energy is a function of the embedded
+    candidate `c = p W` only, so its gradient with respect to the distribution is `(dE/dc) W^T`: autograd runs through
+    the transformer (D-sized), never through anything V-sized.
 
     Args:
         table (`Tensor` of shape `(V, D)`): candidate embedding [W].

@@ -13,8 +13,8 @@ def check_token_ids(token_ids: Tensor, vocab_size: int, name: str = "input_ids")
     """Raises for an empty batch or sequence and for ids outside the vocabulary."""
     if token_ids.dim() < 2 or token_ids.numel() == 0:
         raise ValueError(
-            f"`{name}` must be a non-empty (rows, tokens) tensor, got shape {tuple(token_ids.shape)}. A prompt needs at "
-            "least one token; use the tokenizer's bos token for an empty one."
+            f"`{name}` must be a non-empty (rows, tokens) tensor, got shape {tuple(token_ids.shape)}. A prompt needs "
+            "at least one token; use the tokenizer's bos token for an empty one."
         )
     if token_ids.device.type == "meta" or torch.compiler.is_compiling():
         return

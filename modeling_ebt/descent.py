@@ -1,9 +1,9 @@
 """
 The one descent: a prediction is found by following the gradient of an energy.
 
-Pure functions over tensors; this file imports torch alone and knows no modality. Shapes: ``B`` rows, ``N`` candidates of
-a row (positions x candidates for text), ``...`` whatever a state is made of (logits over a vocabulary, pixels), ``K``
-steps. Symbols of arXiv 2507.02092: state [y-hat], energy [E], step size [alpha], noise [eta ~ N(0, sigma)].
+Pure functions over tensors; this file imports torch alone and knows no modality. Shapes: ``B`` rows, ``N`` candidates
+of a row (positions x candidates for text), ``...`` whatever a state is made of (logits over a vocabulary, pixels),
+``K`` steps. Symbols of arXiv 2507.02092: state [y-hat], energy [E], step size [alpha], noise [eta ~ N(0, sigma)].
 """
 
 from collections.abc import Callable, Sequence
@@ -53,8 +53,8 @@ class DescentOutput:
 
     Args:
         state (`Tensor`): the final state, shape of the initial one.
-        energies (`list[Tensor]`): the energy before every step (K tensors of the energy's shape), and after the last one
-            if it was asked for (then K + 1). A row that stopped repeats its last energy.
+        energies (`list[Tensor]`): the energy before every step (K tensors of the energy's shape), and after the last
+            one if it was asked for (then K + 1). A row that stopped repeats its last energy.
         steps_taken (`Tensor`): integer tensor of the energy's shape, the steps that moved each row.
         gradients (`list[Tensor]`): gradient at every step with respect to the embedded candidate, when recorded.
     """
@@ -128,11 +128,12 @@ def descend(
         graph_on_steps (`"none"`, `"last"` or `"all"`): the steps differentiable with respect to the parameters. On the
             others the gradient of the energy is a constant, and only the step size and the state carry gradient.
         accept_only_lower_energy (`bool`): a row keeps its state where a step would not lower its energy.
-        tolerance (`float`, *optional*): a row stops for good when its energy changed by at most this much during one step
-            on an unchanged landscape; the other rows go on, and never feel it.
+        tolerance (`float`, *optional*): a row stops for good when its energy changed by at most this much during one
+            step on an unchanged landscape; the other rows go on, and never feel it.
         final_energy (`bool`): also report the energy of the returned state, on the last landscape (one more forward).
         generator (`torch.Generator`, *optional*): source of the noise.
-        checkpoint (`Callable`, *optional*): `torch.utils.checkpoint`-like wrapper, recomputes a step in the backward pass.
+        checkpoint (`Callable`, *optional*): `torch.utils.checkpoint`-like wrapper, recomputes a step in the backward
+            pass.
         on_step (`Callable`, *optional*): called with (index, state after the step, energy before it).
 
     Returns:

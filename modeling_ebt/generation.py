@@ -17,8 +17,8 @@ class EBTGenerateOutput(GenerateDecoderOnlyOutput):
     [`~generation.GenerateDecoderOnlyOutput`] with the thinking.
 
     Args:
-        energies (`torch.FloatTensor` of shape `(B, new, K + 1)`): energy of each token's candidate before every step and
-            after the last.
+        energies (`torch.FloatTensor` of shape `(B, new, K + 1)`): energy of each token's candidate before every step
+            and after the last.
         steps_taken (`torch.LongTensor` of shape `(B, new)`): steps that moved it.
     """
 

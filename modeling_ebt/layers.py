@@ -157,8 +157,8 @@ class EBTDecoderLayer(nn.Module):
             keys_only (`bool`): stop after the keys and values; nothing reads the rest of the last context layer.
 
         Returns:
-            Hidden states after the layer, keys and values attended to (context) or owned (candidates), and the attention
-            weights where the backend gives them.
+            Hidden states after the layer, keys and values attended to (context) or owned (candidates), and the
+            attention weights where the backend gives them.
         """
         modulation = None
         if self.modulation is not None:

@@ -24,6 +24,7 @@ from .configuration_ebt import EBTConfig
 from .descent import DescentOutput, DescentStep, descend, standard_normal
 from .generation import EBTGenerationMixin
 from .layers import EBTDecoderLayer, modulate
+from .losses import StepLosses
 from .masks import (
     additive,
     positions_from_mask,
@@ -33,6 +34,7 @@ from .masks import (
     with_step_row,
 )
 from .outputs import EBTCausalLMOutputWithPast, EBTContext, EBTModelOutputWithPast
+from .thinking import make_schedule, random_generator, resolve_thinking, select_candidate
 from .thinking_ebt import ThinkingConfig
 
 
@@ -95,8 +97,8 @@ class EBTModel(EBTPreTrainedModel):
     r"""
     The transformer: context tokens in, candidates in, energies out.
 
-    Without candidates it encodes the context (an ordinary causal transformer). With `candidate_embeds` it also gives the
-    energy of a candidate at every position.
+    Without candidates it encodes the context (an ordinary causal transformer). With `candidate_embeds` it also gives
+    the energy of a candidate at every position.
 
     Args:
         config ([`EBTConfig`]): the architecture.
@@ -168,7 +170,8 @@ class EBTModel(EBTPreTrainedModel):
             landscape (`int`, *optional*, defaults to 0): the energy landscape candidates are scored on.
             num_landscapes (`int`, *optional*): encode the context for the first so many landscapes (all by default).
             context ([`EBTContext`], *optional*): of an earlier call, instead of tokens.
-            need_hidden (`bool`, *optional*, defaults to `True`): compute `last_hidden_state`; candidates only need keys.
+            need_hidden (`bool`, *optional*, defaults to `True`): compute `last_hidden_state`; candidates only need
+                keys.
 
         Returns:
             [`EBTModelOutputWithPast`].
@@ -297,8 +300,8 @@ class EBTModel(EBTPreTrainedModel):
         cached = cache.layers[0].keys.shape[1] // self.config.num_key_value_heads
         if cached < wanted:
             raise ValueError(
-                f"The cache holds the context of {cached} landscape(s), but this call needs {wanted}. Use the number of "
-                "thinking steps the cache was made with, or start with an empty cache."
+                f"The cache holds the context of {cached} landscape(s), but this call needs {wanted}. Use the number "
+                "of thinking steps the cache was made with, or start with an empty cache."
             )
         return cached
 
@@ -306,15 +309,15 @@ class EBTModel(EBTPreTrainedModel):
         """Appends to the cache, landscapes side by side as heads; the step token is put in front, not cached."""
         steps = 1 if self.has_step_token else 0
 
+        def tokens(tensor: Tensor) -> Tensor:
+            return tensor[:, :, steps:].unflatten(0, (batch, landscapes)).flatten(1, 2)
+
         def extend(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-            cached = cache.update(
-                *(part[:, :, steps:].reshape(batch, -1, *_tail(part, steps)) for part in (key, value)), layer
-            )
-            full = []
-            for own, stored in zip((key, value), cached, strict=True):
-                stored = stored.reshape(batch * landscapes, -1, *stored.shape[-2:])
-                full.append(torch.cat([own[:, :, :steps], stored], dim=2) if steps else stored)
-            return full[0], full[1]
+            stored = cache.update(tokens(key), tokens(value), layer)
+            stored = tuple(part.unflatten(1, (landscapes, -1)).flatten(0, 1) for part in stored)
+            if not steps:
+                return stored
+            return torch.cat([key[:, :, :1], stored[0]], dim=2), torch.cat([value[:, :, :1], stored[1]], dim=2)
 
         return extend
 
@@ -359,8 +362,11 @@ class EBTModel(EBTPreTrainedModel):
         return self.energy_head(hidden).squeeze(-1).float()
 
 
-def _tail(part: Tensor, steps: int) -> tuple[int, int]:
-    return part.shape[2] - steps, part.shape[3]
+def _mean_energies(result: DescentOutput, losses: StepLosses | None) -> Tensor:
+    """Mean energy before each step over the positions with a label, (K,)."""
+    energies = torch.stack([energy.detach() for energy in result.energies])
+    labelled = None if losses is None else losses.labelled(energies.shape[1:])
+    return energies.flatten(1).mean(1) if labelled is None else energies[:, labelled].mean(1)
 
 
 class EBTForCausalLM(EBTGenerationMixin, EBTPreTrainedModel, GenerationMixin):
@@ -434,13 +440,15 @@ class EBTForCausalLM(EBTGenerationMixin, EBTPreTrainedModel, GenerationMixin):
                 shifted labels can be given as `shift_labels`.
             use_cache (`bool`, *optional*, defaults to `config.use_cache`): return `past_key_values`.
             output_hidden_states, output_attentions (`bool`, *optional*): of the context stream.
-            logits_to_keep (`int` or `Tensor`, *optional*, defaults to 0): think at the last so many positions only, or at
+            logits_to_keep (`int` or `Tensor`, *optional*, defaults to 0): think at the last so many positions only, or
+                at
                 the positions given; 0 means all.
             thinking ([`ThinkingConfig`] or `dict`, *optional*): how to think; its fields can also be given flat, as
                 `thinking_steps=8`. Unset fields come from the config.
             initial_candidate (`torch.FloatTensor` of shape `(B, T, V)` or `(B, M, T, V)`, *optional*): logits to start
                 from.
-            output_energies (`bool`, *optional*): return `energies`, the last being that of the returned logits (one more
+            output_energies (`bool`, *optional*): return `energies`, the last being that of the returned logits (one
+                more
                 forward of the candidate stream).
             kwargs: `num_items_in_batch` and `shift_labels` for the loss.
 
@@ -448,12 +456,13 @@ class EBTForCausalLM(EBTGenerationMixin, EBTPreTrainedModel, GenerationMixin):
             [`EBTCausalLMOutputWithPast`].
 
         Raises:
-            ValueError: for bad input (see [`EBTModel.forward`]), thinking options that are unknown or out of range, or an
+            ValueError: for bad input (see [`EBTModel.forward`]), thinking options that are unknown or out of range, or
+            an
                 initial candidate of the wrong shape.
         """
         flat = {name: kwargs.pop(name) for name in list(kwargs) if name.startswith("thinking_")}
-        thinking = self._resolve_thinking(thinking, flat)
-        schedule = self._schedule(thinking)
+        thinking = resolve_thinking(self.config, thinking, flat, self.training)
+        schedule = make_schedule(self.config, thinking, self.step_size())
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -472,25 +481,26 @@ class EBTForCausalLM(EBTGenerationMixin, EBTPreTrainedModel, GenerationMixin):
         )
         batch = (input_ids if inputs_embeds is None else inputs_embeds).shape[0]
         state = self._initial_state(batch, context, thinking, initial_candidate)
-        objective = _StepLosses(self, labels, kwargs) if labels is not None or "shift_labels" in kwargs else None
-        result = self._think(state, context, schedule, thinking, bool(output_energies), objective)
-        logits, energies, steps_taken = self._select(result, thinking, state.shape[1])
+        losses = None
+        if labels is not None or kwargs.get("shift_labels") is not None:
+            losses = StepLosses(self, labels, self.config.loss_on_steps, kwargs)
+        result = self._think(state, context, schedule, thinking, bool(output_energies), losses)
+        logits, energies, steps_taken = select_candidate(result, thinking.selection, state.shape[1])
         if not self.training and not bool(torch.isfinite(result.energies[-1]).all()):
             raise ValueError(
                 "The energy is not finite (NaN or infinity). The weights are broken, or the step size "
                 f"({float(schedule[-1].step_size):g}) is far too large: try a smaller `thinking_step_size_scale`."
             )
-        step_losses = objective.stacked() if objective is not None and state.shape[1] == 1 else None
         loss = None
-        if objective is not None:
-            loss = objective.training_loss() if self.training else objective(logits)
+        if losses is not None:
+            loss = losses.objective() if self.training else losses(logits)
         return EBTCausalLMOutputWithPast(
             loss=loss,
             logits=logits,
             energies=energies if output_energies else None,
             steps_taken=steps_taken,
-            step_losses=step_losses,
-            mean_energies=self._mean_energies(result, objective) if self.training else None,
+            step_losses=None if losses is None else losses.stacked(),
+            mean_energies=_mean_energies(result, losses) if self.training else None,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
@@ -506,12 +516,13 @@ class EBTForCausalLM(EBTGenerationMixin, EBTPreTrainedModel, GenerationMixin):
         landscape: int | None = None,
     ) -> torch.FloatTensor:
         """
-        Energy of given candidates: how badly each fits its context. Lower is better; only differences within a position
-        mean anything.
+        Energy of given candidates: how badly each fits its context. Lower is better; only differences within a
+        position mean anything.
 
         Args:
             input_ids (`torch.LongTensor` of shape `(B, S)`): context tokens.
-            candidate_ids (`torch.LongTensor` of shape `(B, S)` or `(B, M, S)`, *optional*): candidate tokens; the one at
+            candidate_ids (`torch.LongTensor` of shape `(B, S)` or `(B, M, S)`, *optional*): candidate tokens; the one
+                at
                 `s` stands for token `s + 1`.
             candidate_probs (`torch.FloatTensor` of shape `(B, S, V)` or `(B, M, S, V)`, *optional*): candidate
                 distributions instead. The result is differentiable in them.
@@ -570,61 +581,6 @@ class EBTForCausalLM(EBTGenerationMixin, EBTPreTrainedModel, GenerationMixin):
         energies = self.model(candidate_embeds=embeds.flatten(1, -2), context=context, landscape=landscape).energies
         return energies.view(given.shape)
 
-    def _resolve_thinking(
-        self, thinking: ThinkingConfig | dict[str, Any] | None, flat: dict[str, Any]
-    ) -> ThinkingConfig:
-        """This call's options over the config's; in training a single candidate and torch's own randomness."""
-        called = ThinkingConfig.from_value({name: value for name, value in flat.items() if value is not None})
-        called = called.merged_over(ThinkingConfig.from_value(thinking))
-        defaults = ThinkingConfig.from_value(self.config.default_thinking())
-        if self.training:
-            if (called.candidates or 1) > 1 or called.tolerance is not None or called.accept_only_lower_energy:
-                raise ValueError(
-                    "Several candidates, a tolerance and `accept_only_lower_energy` are for evaluation: call "
-                    "`model.eval()` first."
-                )
-            defaults = ThinkingConfig(
-                steps=defaults.steps,
-                step_size_scale=defaults.step_size_scale,
-                noise_std=defaults.noise_std,
-                candidates=1,
-                selection=defaults.selection,
-                noise_first_step_only=False,
-                accept_only_lower_energy=False,
-                init=self.config.candidate_init.replace("zeros", "mean"),
-                seed=-1,
-            )
-        return called.merged_over(defaults)
-
-    def _schedule(self, thinking: ThinkingConfig) -> list[DescentStep]:
-        """One [`DescentStep`] for every thinking step."""
-        last = self.config.num_landscapes - 1
-        landscapes = thinking.landscapes
-        if landscapes is None:
-            landscapes = [min(index, last) for index in range(thinking.steps)]
-        if max(landscapes) > last:
-            raise ValueError(f"`thinking_landscapes` must be between 0 and {last} for this model, got {landscapes}.")
-        scale = thinking.step_size_scale
-        scales = list(scale) if isinstance(scale, (list, tuple)) else [scale] * len(landscapes)
-        if len(scales) != len(landscapes):
-            raise ValueError(
-                f"`thinking_step_size_scale` must be a number or one number for each of the {len(landscapes)} steps, got "
-                f"{len(scales)}."
-            )
-        size = self.step_size() if thinking.step_size is None else float(thinking.step_size)
-        noises = [thinking.noise_std] * len(landscapes)
-        if thinking.noise_first_step_only:
-            noises[1:] = [0.0] * (len(landscapes) - 1)
-        return [
-            DescentStep(landscape, size if factor == 1 else size * factor, noise)
-            for landscape, factor, noise in zip(landscapes, scales, noises, strict=True)
-        ]
-
-    def _generator(self, thinking: ThinkingConfig, device: torch.device, offset: int = 0) -> torch.Generator | None:
-        if thinking.seed == -1:
-            return None
-        return torch.Generator(device).manual_seed(thinking.seed * 1_000_003 + offset)
-
     def _initial_state(
         self, batch: int, context: EBTContext, thinking: ThinkingConfig, given: Tensor | None
     ) -> Tensor:
@@ -637,8 +593,8 @@ class EBTForCausalLM(EBTGenerationMixin, EBTPreTrainedModel, GenerationMixin):
                 shape = (batch, state.shape[1], *shape[2:])
             if state.shape != shape:
                 raise ValueError(
-                    f"`initial_candidate` must have shape {shape} (rows, candidates, positions, vocabulary) or leave out "
-                    f"the candidates, got {tuple(given.shape)}."
+                    f"`initial_candidate` must have shape {shape} (rows, candidates, positions, vocabulary) or leave "
+                    f"out the candidates, got {tuple(given.shape)}."
                 )
             return state.to(device=device, dtype=torch.float32)
         std = float(self.config.candidate_init_std)
@@ -650,7 +606,7 @@ class EBTForCausalLM(EBTGenerationMixin, EBTPreTrainedModel, GenerationMixin):
         starts = torch.zeros(shape[1], vocab, device=device)
         first = 1 if thinking.init == "mean" else 0
         if shape[1] > first:
-            generator = self._generator(thinking, device)
+            generator = random_generator(thinking, device)
             starts[first:] = std * standard_normal((shape[1] - first, vocab), generator, device, torch.float32)
         return starts[None, :, None].expand(shape)
 
@@ -661,7 +617,7 @@ class EBTForCausalLM(EBTGenerationMixin, EBTPreTrainedModel, GenerationMixin):
         schedule: list[DescentStep],
         thinking: ThinkingConfig,
         output_energies: bool,
-        objective: "_StepLosses | None",
+        losses: StepLosses | None,
     ) -> DescentOutput:
         """Descends all candidates of all positions at once; states are (B, N, V), candidate-major."""
         candidates = state.shape[1]
@@ -685,81 +641,15 @@ class EBTForCausalLM(EBTGenerationMixin, EBTPreTrainedModel, GenerationMixin):
             accept_only_lower_energy=thinking.accept_only_lower_energy,
             tolerance=thinking.tolerance,
             final_energy=output_energies or candidates > 1,
-            generator=self._generator(thinking, state.device, columns),
+            generator=random_generator(thinking, state.device, columns),
             checkpoint=self._gradient_checkpointing_func if learning and self.gradient_checkpointing else None,
-            on_step=objective.record if objective is not None and candidates == 1 else None,
+            on_step=losses.record if losses is not None and candidates == 1 else None,
         )
-
-    def _select(
-        self, result: DescentOutput, thinking: ThinkingConfig, candidates: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The chosen candidate of every position: logits (B, T, V), energies (B, T, K or K + 1), steps (B, T)."""
-        energies = torch.stack(result.energies, dim=-1)
-        if candidates == 1:
-            return result.state, energies, result.steps_taken
-        energies = energies.unflatten(1, (candidates, -1))
-        if thinking.selection == "min_energy":
-            chosen = energies[..., -1].argmin(1)
-        elif thinking.selection == "max_energy":
-            chosen = energies[..., -1].argmax(1)
-        else:
-            chosen = (energies[..., 0] - energies[..., -1]).argmax(1)
-
-        def pick(tensor: Tensor) -> Tensor:
-            index = chosen.reshape(chosen.shape[0], 1, chosen.shape[1], *(1,) * (tensor.dim() - 3))
-            return tensor.gather(1, index.expand(-1, -1, -1, *tensor.shape[3:])).squeeze(1)
-
-        return (
-            pick(result.state.unflatten(1, (candidates, -1))),
-            pick(energies),
-            pick(result.steps_taken.unflatten(1, (candidates, -1))),
-        )
-
-    def _mean_energies(self, result: DescentOutput, objective: "_StepLosses | None") -> Tensor:
-        """Mean energy before each step over the positions with a label, (K,)."""
-        energies = torch.stack([energy.detach() for energy in result.energies])
-        counted = None if objective is None else objective.counted(energies.shape[1:])
-        return energies.flatten(1).mean(1) if counted is None else energies[:, counted].mean(1)
 
     @staticmethod
     def create_masks_for_generate(attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
         """The model builds its own masks, also for static caches: the tokens' mask is all it needs."""
         return attention_mask
-
-
-class _StepLosses:
-    """Cross-entropy after every step, by transformers' own causal language model loss."""
-
-    def __init__(self, model: EBTForCausalLM, labels: Tensor | None, kwargs: dict[str, Any]) -> None:
-        self.model = model
-        self.labels = labels
-        self.kwargs = kwargs
-        self.losses: list[Tensor] = []
-        self.scored = "all" if model.config.loss_on_steps == "all" else "last"
-
-    def __call__(self, logits: Tensor) -> Tensor:
-        return self.model.loss_function(
-            logits=logits, labels=self.labels, vocab_size=self.model.config.vocab_size, **self.kwargs
-        )
-
-    def record(self, index: int, state: Tensor, energy: Tensor) -> None:
-        """Called by the descent after each step."""
-        self.losses.append(self(state))
-
-    def training_loss(self) -> Tensor:
-        """The recipe's objective: mean over steps (s1) or the last step (s2)."""
-        return torch.stack(self.losses).mean() if self.scored == "all" else self.losses[-1]
-
-    def stacked(self) -> Tensor:
-        """(K,), detached."""
-        return torch.stack(self.losses).detach()
-
-    def counted(self, shape: torch.Size) -> Tensor | None:
-        """Which positions have a label, (B, T); None when the logits cover other positions than the labels."""
-        labels = self.kwargs.get("shift_labels")
-        if labels is None:
-            labels = nn.functional.pad(self.labels, (0, 1), value=-100)[..., 1:]
-        return (labels != -100) if labels.shape == shape else None
 
 
 __all__ = ["EBTForCausalLM", "EBTModel", "EBTPreTrainedModel"]

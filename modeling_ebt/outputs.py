@@ -10,8 +10,8 @@ from transformers.utils import ModelOutput
 @dataclass
 class EBTContext:
     """
-    The context stream, ready for candidates to attend to. ``B`` rows, ``K`` landscapes, ``C`` key columns (cached tokens,
-    new tokens and, with `step_conditioning="time_embed"`, the step token in front).
+    The context stream, ready for candidates to attend to. ``B`` rows, ``K`` landscapes, ``C`` key columns (cached
+    tokens, new tokens and, with `step_conditioning="time_embed"`, the step token in front).
 
     Args:
         keys, values (`list[Tensor]`): for every layer `(B, K, H_kv, C, d)`.
@@ -76,7 +76,8 @@ class EBTCausalLMOutputWithPast(ModelOutput):
             With `output_energies=True`: energy of the chosen candidate before every step and after the last.
         steps_taken (`torch.LongTensor` of shape `(B, T)`, *optional*): steps that moved the chosen candidate.
         step_losses (`torch.FloatTensor` of shape `(K,)`, *optional*): cross-entropy after each step, with labels.
-        mean_energies (`torch.FloatTensor` of shape `(K,)`, *optional*): mean energy before each step, in training mode.
+        mean_energies (`torch.FloatTensor` of shape `(K,)`, *optional*): mean energy before each step, in training
+            mode.
         past_key_values (`Cache`, *optional*): keys and values of the context, the landscapes side by side as heads.
         hidden_states (`tuple` of `(B, S, D)`, *optional*): context stream on its last landscape, embeddings first.
         attentions (`tuple` of `(B, H, S, C)`, *optional*): context attention on its last landscape (eager only).
