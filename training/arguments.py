@@ -1,0 +1,156 @@
+"""`EBTTrainingArguments`: the Trainer's options with the paper's defaults, and what only energy-based models need."""
+
+from dataclasses import dataclass, field
+
+from transformers import TrainingArguments
+
+
+AVAILABLE_RECIPES = ("s1",)
+DEFAULT_LEARNING_RATE = 1.2e-3  # the paper's smallest published size, xxs
+MINIMUM_LEARNING_RATE_SHARE = 0.1  # cosine down to a tenth
+
+
+@dataclass
+class EBTTrainingArguments(TrainingArguments):
+    r"""
+    `transformers.TrainingArguments` for [`EBTTrainer`]. Every option of the parent works as documented there. These
+    defaults differ, and follow the paper (Tables D.2 to D.4):
+
+    | option | default here |
+    |---|---|
+    | `learning_rate` | `None`: 1.2e-3, or what the preset was published with in `ebt train clm --preset` |
+    | `lr_scheduler_type` | `"cosine_with_min_lr"`, down to a tenth (`min_lr_rate` 0.1 in `lr_scheduler_kwargs`) |
+    | `warmup_steps` | 0.1, a share of all steps (the paper: 10k of 105k steps) |
+    | `weight_decay` | 0.01 |
+    | `logging_steps` | 50 |
+    | `seed` | 33 |
+
+    The parent's AdamW betas (0.9, 0.999) and gradient clipping at 1.0 are the paper's already. The paper decays every
+    parameter but the step size; here norms and biases are not decayed either, as everywhere in transformers.
+
+    Args:
+        recipe (`str`, *optional*, defaults to `"s1"`):
+            How thinking is trained. `"s1"` scores the prediction after every step. `"s2"` is not available in this
+            version and raises.
+        step_size_lr_multiplier (`float`, *optional*, above 0):
+            Learning rate of a learned step size, as a multiple of `learning_rate`; without weight decay. `None` is the
+            paper's rule, 3 times the step size in the model's config. Raises in the trainer if nothing there learns a
+            step size.
+        early_stopping_patience (`int`, *optional*, at least 1):
+            Stop after so many evaluations without a better `metric_for_best_model` (the evaluation loss unless told),
+            and go back to the best checkpoint. Needs `eval_strategy`; switches `load_best_model_at_end` on and saves
+            whenever it evaluates, unless told otherwise.
+        early_stopping_threshold (`float`, *optional*, defaults to 0.0):
+            How much better the metric has to be to count. Needs `early_stopping_patience`.
+
+    Raises:
+        ValueError: for a value out of range or a combination that would be ignored.
+
+    Example:
+
+    ```python
+    >>> from ebt_transformers import EBTTrainingArguments
+
+    >>> args = EBTTrainingArguments(output_dir="runs/first", max_steps=100)
+    >>> args.learning_rate, args.weight_decay
+    (0.0012, 0.01)
+    ```
+    """
+
+    # redeclared parent options: other defaults, same meaning
+    learning_rate: float | None = field(  # type: ignore[assignment]
+        default=None,
+        metadata={"help": "Base learning rate. Default: what the preset was published with, else 1.2e-3."},
+    )
+    lr_scheduler_type: str = field(
+        default="cosine_with_min_lr",
+        metadata={"help": "Schedule of the learning rate. cosine_with_min_lr ends at a tenth of the base rate."},
+    )
+    warmup_steps: float = field(
+        default=0.1, metadata={"help": "Linear warm-up: a number of steps, or below 1 a share of all steps."}
+    )
+    weight_decay: float = field(
+        default=0.01, metadata={"help": "AdamW weight decay of matrices and embeddings; norms and biases have none."}
+    )
+    logging_steps: float = field(
+        default=50, metadata={"help": "Log every so many steps, or below 1 a share of all steps."}
+    )
+    seed: int = field(default=33, metadata={"help": "Random seed set at the beginning of training."})
+
+    recipe: str = field(
+        default="s1", metadata={"help": "How thinking is trained: s1 scores every step. (s2: not in this version.)"}
+    )
+    step_size_lr_multiplier: float | None = field(
+        default=None,
+        metadata={
+            "help": "Learning rate of the step size as a multiple of the base rate. Default: 3 x the step size of the "
+            "model's config, as in the paper."
+        },
+    )
+    early_stopping_patience: int | None = field(
+        default=None,
+        metadata={"help": "Stop after so many evaluations without improvement and keep the best checkpoint."},
+    )
+    early_stopping_threshold: float = field(
+        default=0.0, metadata={"help": "How much better the metric has to be to count as improvement."}
+    )
+
+    def __post_init__(self) -> None:
+        self.learning_rate_is_default = self.learning_rate is None
+        if self.learning_rate is None:
+            self.learning_rate = DEFAULT_LEARNING_RATE
+        self._check_recipe()
+        if self.step_size_lr_multiplier is not None and not self.step_size_lr_multiplier > 0:
+            raise ValueError(
+                f"`step_size_lr_multiplier` must be above 0, got {self.step_size_lr_multiplier}. To keep the step "
+                "size fixed, set `learn_step_size=False` in the model's config."
+            )
+        self._prepare_early_stopping()
+        super().__post_init__()
+        if self.lr_scheduler_type == "cosine_with_min_lr":
+            # after the parent, which turns a JSON string from the command line into a dict
+            options = dict(self.lr_scheduler_kwargs or {})
+            if not {"min_lr", "min_lr_rate"} & set(options):
+                options["min_lr_rate"] = MINIMUM_LEARNING_RATE_SHARE
+            self.lr_scheduler_kwargs = options
+
+    def _check_recipe(self) -> None:
+        if self.recipe == "s2":
+            raise ValueError(
+                "`recipe='s2'` (training for long thinking: replay buffer, noise, random steps) is not available "
+                "in this version. Allowed: s1."
+            )
+        if self.recipe not in AVAILABLE_RECIPES:
+            raise ValueError(f"`recipe` must be one of {', '.join(AVAILABLE_RECIPES)}, got {self.recipe!r}.")
+
+    def _prepare_early_stopping(self) -> None:
+        if self.early_stopping_patience is None:
+            if self.early_stopping_threshold != 0.0:
+                raise ValueError(
+                    f"`early_stopping_threshold={self.early_stopping_threshold}` has no effect without "
+                    "`early_stopping_patience`. Set both or neither."
+                )
+            return
+        if self.early_stopping_patience < 1 or self.early_stopping_threshold < 0:
+            raise ValueError(
+                "`early_stopping_patience` must be at least 1 and `early_stopping_threshold` at least 0, got "
+                f"{self.early_stopping_patience} and {self.early_stopping_threshold}."
+            )
+        evaluates = getattr(self.eval_strategy, "value", self.eval_strategy)
+        if evaluates == "no":
+            raise ValueError(
+                "`early_stopping_patience` needs evaluations during training. Add `eval_strategy` steps (with "
+                "`eval_steps`) or epoch."
+            )
+        defaults = TrainingArguments.__dataclass_fields__
+        saves = getattr(self.save_strategy, "value", self.save_strategy)
+        if saves == "steps" and self.save_steps == defaults["save_steps"].default:
+            self.save_strategy = evaluates
+            if evaluates == "steps":
+                self.save_steps = self.eval_steps or self.logging_steps
+        self.load_best_model_at_end = True
+        # without the counter of failed evaluations a resumed run would stop later than an uninterrupted one
+        self.restore_callback_states_from_checkpoint = True
+
+
+__all__ = ["AVAILABLE_RECIPES", "DEFAULT_LEARNING_RATE", "EBTTrainingArguments"]

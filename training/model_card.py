@@ -1,0 +1,253 @@
+"""Model cards: what was trained, on what, by which command, and how well it does."""
+
+import platform
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+
+if TYPE_CHECKING:
+    from transformers import Trainer
+
+
+@dataclass
+class RunFacts:
+    """
+    What a training script knows and the trainer does not.
+
+    Args:
+        data (`str`, *optional*): the training data in words.
+        dataset (`str`, *optional*): its name on the Hub, for the metadata.
+        command (`str`, *optional*): the command that starts the same training again.
+        license (`str`, *optional*): license of the weights.
+        base_model (`str`, *optional*): the checkpoint training started from.
+        notes (`list[str]`, *optional*): further lines, one per item.
+    """
+
+    data: str | None = None
+    dataset: str | None = None
+    command: str | None = None
+    license: str | None = None
+    base_model: str | None = None
+    notes: list[str] = field(default_factory=list)
+
+
+TEMPLATE = """---
+{{ card_data }}
+---
+
+# {{ title }}
+
+{{ summary }}
+
+## Use
+
+```python
+{% if thinks %}import ebt_transformers  # registers the model type
+{% endif %}from transformers import pipeline
+
+generate = pipeline("text-generation", model="{{ location }}")
+print(generate("Once", max_new_tokens=50{{ ", thinking_steps=4" if thinks else "" }}))
+```
+
+## Results
+
+| measure | value |
+|---|---|
+{% for name, value in results %}| {{ name }} | {{ value }} |
+{% endfor %}
+The loss is the mean cross-entropy per token in nats{{ ", of the prediction after the last thinking step" if thinks }};
+perplexity is its exponential.
+{% if curve %}
+| step | {{ curve_names | join(" | ") }} |
+|{{ "---|" * (curve_names | length + 1) }}
+{% for row in curve %}| {{ row | join(" | ") }} |
+{% endfor %}{% endif %}
+## Training
+
+{% for name, value in training %}- **{{ name }}**: {{ value }}
+{% endfor %}{% if command %}
+```bash
+{{ command }}
+```
+{% endif %}{% for note in notes %}
+{{ note }}
+{% endfor %}
+## Model
+
+{% for name, value in model %}- **{{ name }}**: {{ value }}
+{% endfor %}
+## Versions
+
+{% for name, value in versions %}- {{ name }} {{ value }}
+{% endfor %}"""
+
+_CURVE = ("loss", "initial_loss", "final_loss", "energy_gap", "step_size", "eval_loss", "eval_perplexity")
+_CURVE_ROWS = 20
+_ARCHITECTURE = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "max_position_embeddings",
+    "step_conditioning",
+    "num_landscapes",
+    "candidate_embedding",
+    "update",
+)
+
+
+def _number(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _last(history: list[dict[str, Any]], name: str) -> Any:
+    return next((entry[name] for entry in reversed(history) if name in entry), None)
+
+
+def _versions() -> list[tuple[str, str]]:
+    found = [("Python", platform.python_version())]
+    for name in ("ebt-transformers", "torch", "transformers", "accelerate", "datasets"):
+        try:
+            found.append((name, version(name)))
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _curve(history: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    by_step: dict[int, dict[str, Any]] = {}
+    for entry in history:
+        values = {name: entry[name] for name in _CURVE if name in entry}
+        if values:
+            by_step.setdefault(entry["step"], {}).update(values)
+    names = [name for name in _CURVE if any(name in values for values in by_step.values())]
+    steps = sorted(by_step)
+    stride = max(1, -(-len(steps) // _CURVE_ROWS))
+    shown = [step for position, step in enumerate(reversed(steps)) if position % stride == 0][::-1]
+    return names, [[str(step), *(_number(by_step[step].get(name, "")) for name in names)] for step in shown]
+
+
+def _training_facts(trainer: "Trainer", facts: RunFacts, thinks: bool) -> list[tuple[str, Any]]:
+    args, state = trainer.args, trainer.state
+    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    rows: list[tuple[str, Any]] = [("data", facts.data or "not recorded")]
+    if thinks:
+        rows.append(("recipe", getattr(args, "recipe", "s1")))
+    rows += [
+        ("steps", f"{state.global_step} of {state.max_steps}, {batch} sequences each"),
+        (
+            "optimiser",
+            f"{args.optim.value}, weight decay {args.weight_decay}, gradient norm at most {args.max_grad_norm}",
+        ),
+        ("learning rate", f"{args.learning_rate} ({args.lr_scheduler_type.value}, warm-up {args.warmup_steps})"),
+    ]
+    learns = getattr(trainer, "step_size_learning_rate", None)
+    if thinks and learns is not None and getattr(trainer.model.config, "learn_step_size", False):
+        rows.append(("learning rate of the step size", _number(learns())))
+    rows += [("seed", args.seed), ("precision", args.mixed_precision if args.mixed_precision != "no" else "fp32")]
+    return rows
+
+
+def write_model_card(trainer: "Trainer", folder: str | Path, **card_data: Any) -> Path:
+    """
+    Write `README.md` into a folder with a saved model.
+
+    Args:
+        trainer (`transformers.Trainer`): the trainer; its log history holds the losses, its `run_facts` the rest.
+        folder (`str` or `Path`): where to write.
+        card_data: what `Trainer.create_model_card` takes; wins over what is written otherwise.
+
+    Returns:
+        `Path` of the file.
+    """
+    from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+    facts: RunFacts = getattr(trainer, "run_facts", None) or RunFacts()
+    given = {name: value for name, value in card_data.items() if value is not None}
+    config = getattr(trainer.model, "config", None)
+    thinks = hasattr(config, "num_landscapes")
+    history = trainer.state.log_history
+    title = given.get("model_name") or Path(folder).resolve().name
+    results: list[tuple[str, Any]] = []
+    evaluated: list[EvalResult] = []
+    labels = {
+        "train_loss": "training loss, mean over the run",
+        "initial_loss": "training loss after the first thinking step, at the end",
+        "final_loss": "training loss after the last thinking step, at the end",
+        "eval_loss": "validation loss",
+        "eval_perplexity": "validation perplexity",
+        "test_loss": "test loss",
+        "test_perplexity": "test perplexity",
+    }
+    dataset = given.get("dataset") or facts.dataset or facts.data or "not recorded"
+    for name, label in labels.items():
+        value = _last(history, name)
+        if value is None:
+            continue
+        results.append((label, _number(value)))
+        if name in ("eval_perplexity", "test_perplexity"):
+            split = "validation" if name.startswith("eval") else "test"
+            evaluated.append(
+                EvalResult(
+                    task_type="text-generation",
+                    dataset_type=str(facts.dataset or "text"),
+                    dataset_name=str(dataset),
+                    dataset_split=split,
+                    metric_type="perplexity",
+                    metric_name=f"{split} perplexity",
+                    metric_value=float(value),
+                )
+            )
+    names, rows = _curve(history)
+    tags = [given["tags"]] if isinstance(given.get("tags"), str) else list(given.get("tags", []))
+    tags += [tag for tag in (["energy-based-model", "ebt"] if thinks else []) if tag not in tags]
+    on_hub = given.get("dataset_tags") or facts.dataset
+    data = ModelCardData(
+        model_name=title,
+        library_name="transformers",
+        pipeline_tag=given.get("tasks") if isinstance(given.get("tasks"), str) else "text-generation",
+        language=given.get("language"),
+        license=given.get("license") or facts.license,
+        base_model=given.get("finetuned_from") or facts.base_model,
+        datasets=[on_hub] if isinstance(on_hub, str) else on_hub,
+        tags=tags or None,
+        eval_results=evaluated or None,
+        ignore_metadata_errors=True,
+    )
+    kind = type(trainer.accelerator.unwrap_model(trainer.model)).__name__
+    if thinks:
+        summary = (
+            f"An Energy-Based Transformer (`{kind}`, arXiv 2507.02092): it gives every continuation an energy and "
+            "predicts by lowering it, one gradient step per thinking step."
+        )
+    else:
+        summary = f"A language model (`{kind}`) trained with the ebt-transformers training script."
+    parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
+    card = ModelCard.from_template(
+        data,
+        template_str=TEMPLATE,
+        title=title,
+        summary=summary,
+        location=title,
+        thinks=thinks,
+        results=results,
+        curve_names=names,
+        curve=rows,
+        training=_training_facts(trainer, facts, thinks),
+        command=facts.command,
+        notes=facts.notes,
+        model=[
+            ("parameters", f"{parameters:,}"),
+            *((name, getattr(config, name)) for name in _ARCHITECTURE if getattr(config, name, None) is not None),
+        ],
+        versions=_versions(),
+    )
+    path = Path(folder) / "README.md"
+    card.save(path)
+    return path
+
+
+__all__ = ["RunFacts", "write_model_card"]
