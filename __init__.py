@@ -1,34 +1,28 @@
 """Energy-Based Transformers for the Hugging Face ecosystem. Importing registers every model with the Auto classes."""
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
-
-from .configuration import PRESETS, EBTConfig, ThinkingConfig, transformer_pp_config
-from .modeling_ebt import (
-    EBTCausalLMOutputWithPast,
-    EBTForCausalLM,
-    EBTGenerateOutput,
-    EBTModel,
-    EBTModelOutputWithPast,
-)
+import os
+import sys
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 
 __version__ = "0.1.0"
 
-AutoConfig.register(EBTConfig.model_type, EBTConfig, exist_ok=True)
-AutoModel.register(EBTConfig, EBTModel, exist_ok=True)
-AutoModelForCausalLM.register(EBTConfig, EBTForCausalLM, exist_ok=True)
-EBTConfig.register_for_auto_class()
-EBTModel.register_for_auto_class("AutoModel")
-EBTForCausalLM.register_for_auto_class("AutoModelForCausalLM")
 
-__all__ = [
-    "PRESETS",
-    "EBTCausalLMOutputWithPast",
-    "EBTConfig",
-    "EBTForCausalLM",
-    "EBTGenerateOutput",
-    "EBTModel",
-    "EBTModelOutputWithPast",
-    "ThinkingConfig",
-    "transformer_pp_config",
-]
+def _is_console_script() -> bool:
+    return os.path.basename(getattr(sys, "argv", [""])[0]) in ("ebt", "ebt.exe")
+
+
+def __getattr__(name: str) -> Any:
+    # reached under the console script only: there, the first use of a public name imports and registers everything
+    if not name.startswith("_"):
+        exports = import_module(".exports", __name__)
+        if name in exports.__all__:
+            return getattr(exports, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+# `ebt --help` has to answer before torch is imported; everybody else gets the Auto classes with the import
+if TYPE_CHECKING or not _is_console_script():
+    from .exports import *  # noqa: F403
+    from .exports import __all__ as __all__
