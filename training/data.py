@@ -88,7 +88,7 @@ def load_files(
 
     Raises:
         FileNotFoundError: for a file that does not exist.
-        ValueError: for unknown or mixed formats, or an unknown `text_unit`.
+        ValueError: for an empty file, unknown or mixed formats, or an unknown `text_unit`.
     """
     if text_unit not in TEXT_UNITS:
         raise ValueError(f"`text_unit` must be one of {', '.join(TEXT_UNITS)}, got {text_unit!r}.")
@@ -97,6 +97,8 @@ def load_files(
             is_pattern = "://" in path or any(letter in path for letter in "*?[")
             if not is_pattern and not Path(path).is_file():
                 raise FileNotFoundError(f"The {split} file {path!r} does not exist. Check the path.")
+            if not is_pattern and Path(path).stat().st_size == 0:
+                raise ValueError(f"The {split} file {path!r} is empty. Check the path.")
     kinds = {loader_of(path) for paths in files.values() for path in paths}
     if len(kinds) > 1:
         raise ValueError(f"All files must have one format, got {', '.join(sorted(kinds))}. Convert some of them.")

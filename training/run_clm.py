@@ -173,8 +173,12 @@ class _Refusal(SystemExit):
 @contextmanager
 def _refusing_bad_values() -> Iterator[None]:
     """Errors about what the user asked for need no traceback either."""
+    from huggingface_hub.errors import StrictDataclassError
+
     try:
         yield
+    except StrictDataclassError as error:  # a config's own check is its cause
+        raise _Refusal(f"{error.__cause__ or error}") from error
     except (ValueError, TypeError, FileNotFoundError, ImportError) as error:
         raise _Refusal(f"{error}") from error
 
