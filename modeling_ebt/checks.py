@@ -37,20 +37,44 @@ def check_length(batch: int, length: int, past: int, maximum: int) -> None:
         )
 
 
-def check_attention_mask(attention_mask: Tensor | None, batch: int, length: int) -> None:
+def check_attention_mask(attention_mask: Tensor | None, batch: int, length: int, past: int, columns: int) -> None:
     """Raises for a mask of the wrong shape and for rows without a single token."""
-    if attention_mask is None or attention_mask.dim() == 4:
+    if attention_mask is None:
         return
-    if attention_mask.dim() != 2 or attention_mask.shape[0] != batch or attention_mask.shape[1] < length:
-        raise ValueError(
-            f"`attention_mask` must have shape ({batch}, {length}), cached tokens included, got "
-            f"{tuple(attention_mask.shape)}."
-        )
+    shape, total = tuple(attention_mask.shape), past + length
+    if attention_mask.dim() == 4:
+        if shape[0] not in (1, batch) or shape[1:3] != (1, length) or shape[3] < columns:
+            raise ValueError(
+                f"A 4D `attention_mask` must have shape ({batch}, 1, {length}, {columns}): rows, 1, new tokens, all "
+                f"tokens; got {shape}."
+            )
+        return
+    if shape != (batch, total):
+        raise ValueError(f"`attention_mask` must have shape ({batch}, {total}), cached tokens included, got {shape}.")
     if attention_mask.device.type == "meta" or torch.compiler.is_compiling():
         return
     empty = (~attention_mask.bool().any(-1)).nonzero().flatten().tolist()
     if empty:
         raise ValueError(f"Row(s) {empty} of `attention_mask` are all zero: every row needs at least one token.")
+
+
+def check_position_ids(position_ids: Tensor | None, batch: int, length: int) -> None:
+    """Raises for positions of another shape than the new tokens."""
+    if position_ids is not None and tuple(position_ids.shape) not in ((batch, length), (1, length)):
+        raise ValueError(f"`position_ids` must have shape ({batch}, {length}), got {tuple(position_ids.shape)}.")
+
+
+def check_labels(labels: Tensor, shape: tuple[int, ...], vocab_size: int) -> None:
+    """Raises for labels of another shape than the logits' positions, and for ids outside the vocabulary."""
+    if tuple(labels.shape) != tuple(shape):
+        raise ValueError(
+            f"`labels` must have shape {tuple(shape)}, one for each position with logits, got {tuple(labels.shape)}."
+        )
+    if labels.device.type == "meta" or torch.compiler.is_compiling():
+        return
+    highest = int(labels.max())
+    if highest >= vocab_size:
+        raise ValueError(f"`labels` must be below the vocabulary size {vocab_size} (or -100), got {highest}.")
 
 
 def _to_normal(value: Any) -> Any:
@@ -80,4 +104,11 @@ def outside_inference_mode(method: Callable) -> Callable:
     return wrapper
 
 
-__all__ = ["check_attention_mask", "check_length", "check_token_ids", "outside_inference_mode"]
+__all__ = [
+    "check_attention_mask",
+    "check_labels",
+    "check_length",
+    "check_position_ids",
+    "check_token_ids",
+    "outside_inference_mode",
+]

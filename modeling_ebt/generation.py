@@ -80,6 +80,13 @@ class EBTGenerationMixin:
             _TRACE.reset(token)
         return self._with_energies(output, trace)
 
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """[`PreTrainedModel.save_pretrained`], with the `thinking_*` attributes of the generation config."""
+        if self.generation_config is not None:
+            # a mark of configs never touched by a user; loading drops all but the standard attributes of those
+            self.generation_config._from_model_config = False
+        super().save_pretrained(*args, **kwargs)
+
     @staticmethod
     def _call_thinking(kwargs: dict[str, Any], generation_config: Any) -> ThinkingConfig:
         # popped here: left in, transformers would put them into the generation config and the model would not see them

@@ -27,6 +27,37 @@ def modulate(hidden: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return hidden * (1 + scale) + shift
 
 
+class EBTModulation(nn.Linear):
+    """
+    What the step does to normed activations (adaLN): shifts, scales and gates computed from its embedding.
+
+    A class of its own, because transformers initialises custom models by the modules that own parameters.
+
+    Args:
+        width (`int`): D.
+        parts (`int`): vectors it gives.
+    """
+
+    def __init__(self, width: int, parts: int) -> None:
+        super().__init__(width, parts * width)
+        self.parts = parts
+
+    def forward(self, condition: Tensor) -> tuple[Tensor, ...]:
+        """Step embedding (B or 1, D) -> `parts` tensors (B or 1, 1, D)."""
+        return super().forward(nn.functional.silu(condition)).unsqueeze(1).chunk(self.parts, dim=-1)
+
+
+class EBTEnergyHead(nn.Linear):
+    """Hidden states to energies. No bias: only energy differences matter, and a bias would never get a gradient."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width, 1, bias=False)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Hidden (..., D) -> energies (...), in float32."""
+        return super().forward(hidden).squeeze(-1).float()
+
+
 def candidate_attention(
     query: Tensor, own_key: Tensor, own_value: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float
 ) -> tuple[Tensor, Tensor]:
@@ -130,11 +161,8 @@ class EBTDecoderLayer(nn.Module):
         self.mlp = EBTMLP(config)
         self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.modulation = (
-            nn.Linear(config.hidden_size, 6 * config.hidden_size)
-            if config.step_conditioning in ("adaln", "adaln_zero")
-            else None
-        )
+        modulated = config.step_conditioning in ("adaln", "adaln_zero")
+        self.modulation = EBTModulation(config.hidden_size, 6) if modulated else None
 
     def forward(
         self,
@@ -160,9 +188,7 @@ class EBTDecoderLayer(nn.Module):
             Hidden states after the layer, keys and values attended to (context) or owned (candidates), and the
             attention weights where the backend gives them.
         """
-        modulation = None
-        if self.modulation is not None:
-            modulation = self.modulation(nn.functional.silu(condition)).unsqueeze(1).chunk(6, dim=-1)
+        modulation = None if self.modulation is None else self.modulation(condition)
         normed = self.input_layernorm(hidden)
         if modulation is not None:
             normed = modulate(normed, modulation[0], modulation[1])
@@ -185,4 +211,12 @@ class EBTDecoderLayer(nn.Module):
         return hidden, key, value, weights
 
 
-__all__ = ["EBTMLP", "EBTAttention", "EBTDecoderLayer", "candidate_attention", "modulate"]
+__all__ = [
+    "EBTMLP",
+    "EBTAttention",
+    "EBTDecoderLayer",
+    "EBTEnergyHead",
+    "EBTModulation",
+    "candidate_attention",
+    "modulate",
+]

@@ -19,11 +19,18 @@ from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 
 from .candidates import TextCandidates
-from .checks import check_attention_mask, check_length, check_token_ids, outside_inference_mode
+from .checks import (
+    check_attention_mask,
+    check_labels,
+    check_length,
+    check_position_ids,
+    check_token_ids,
+    outside_inference_mode,
+)
 from .configuration_ebt import EBTConfig
 from .descent import DescentOutput, DescentStep, descend, standard_normal
 from .generation import EBTGenerationMixin
-from .layers import EBTDecoderLayer, modulate
+from .layers import EBTDecoderLayer, EBTEnergyHead, EBTModulation, modulate
 from .losses import StepLosses
 from .masks import (
     additive,
@@ -72,25 +79,20 @@ class EBTPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, nn.Linear):
+        zero = self.config.step_conditioning == "adaln_zero"
+        if zero and isinstance(module, (EBTModulation, EBTEnergyHead)):
+            for parameter in module.parameters():
+                init.zeros_(parameter)
+        elif isinstance(module, EBTModulation):
+            # adaln keeps torch's own initialisation of a linear layer, as the official code does
+            for parameter in module.parameters():
+                init.uniform_(parameter, -(module.in_features**-0.5), module.in_features**-0.5)
+        elif isinstance(module, nn.Linear):
             init.xavier_normal_(module.weight)
         elif isinstance(module, nn.Embedding):
             init.normal_(module.weight, mean=0.0, std=self.config.initializer_range)
         elif isinstance(module, EBTStepSize):
             init.constant_(module.value, float(self.config.step_size))
-        elif isinstance(module, (EBTDecoderLayer, EBTModel)):
-            self._init_modulation(module)
-
-    def _init_modulation(self, module: nn.Module) -> None:
-        zero = self.config.step_conditioning == "adaln_zero"
-        modulation = module.modulation if isinstance(module, EBTDecoderLayer) else module.final_modulation
-        if modulation is not None:
-            bound = self.config.hidden_size**-0.5
-            for parameter in (modulation.weight, modulation.bias):
-                # adaln keeps torch's own initialisation of a linear layer, as the official code does
-                init.zeros_(parameter) if zero else init.uniform_(parameter, -bound, bound)
-        if zero and isinstance(module, EBTModel):
-            init.zeros_(module.energy_head.weight)
 
 
 class EBTModel(EBTPreTrainedModel):
@@ -126,9 +128,8 @@ class EBTModel(EBTPreTrainedModel):
         self.layers = nn.ModuleList([EBTDecoderLayer(config, index) for index in range(config.num_hidden_layers)])
         self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         modulated = config.step_conditioning in ("adaln", "adaln_zero")
-        self.final_modulation = nn.Linear(config.hidden_size, 2 * config.hidden_size) if modulated else None
-        # no bias: only energy differences matter, and a bias would never get a gradient
-        self.energy_head = nn.Linear(config.hidden_size, 1, bias=False)
+        self.final_modulation = EBTModulation(config.hidden_size, 2) if modulated else None
+        self.energy_head = EBTEnergyHead(config.hidden_size)
         self.rotary_emb = LlamaRotaryEmbedding(config=config)
         self.gradient_checkpointing = False
         self.post_init()
@@ -227,7 +228,8 @@ class EBTModel(EBTPreTrainedModel):
         past = 0 if past_key_values is None else int(past_key_values.get_seq_length())
         columns = past + length if past_key_values is None else past_key_values.get_mask_sizes(length, 0)[0]
         check_length(batch, length, past, self.config.max_position_embeddings)
-        check_attention_mask(attention_mask, batch, past + length)
+        check_attention_mask(attention_mask, batch, length, past, columns)
+        check_position_ids(position_ids, batch, length)
         if past > 0:
             num_landscapes = self._cached_landscapes(past_key_values, num_landscapes)
 
@@ -357,14 +359,13 @@ class EBTModel(EBTPreTrainedModel):
             hidden = layer(hidden, rotary, context.mask, condition, (key[:, landscape], value[:, landscape]))[0]
         hidden = self.norm(hidden)
         if self.final_modulation is not None:
-            shift, scale = self.final_modulation(nn.functional.silu(condition)).unsqueeze(1).chunk(2, dim=-1)
-            hidden = modulate(hidden, shift, scale)
-        return self.energy_head(hidden).squeeze(-1).float()
+            hidden = modulate(hidden, *self.final_modulation(condition))
+        return self.energy_head(hidden)
 
 
-def _mean_energies(result: DescentOutput, losses: StepLosses | None) -> Tensor:
-    """Mean energy before each step over the positions with a label, (K,)."""
-    energies = torch.stack([energy.detach() for energy in result.energies])
+def _mean_energies(result: DescentOutput, steps: int, losses: StepLosses | None) -> Tensor:
+    """Mean energy before each of the `K` steps over the positions with a label, (K,)."""
+    energies = torch.stack([energy.detach() for energy in result.energies[:steps]])
     labelled = None if losses is None else losses.labelled(energies.shape[1:])
     return energies.flatten(1).mean(1) if labelled is None else energies[:, labelled].mean(1)
 
@@ -475,14 +476,19 @@ class EBTForCausalLM(EBTGenerationMixin, EBTPreTrainedModel, GenerationMixin):
             num_landscapes=max(step.landscape for step in schedule) + 1,
             need_hidden=False,
         )
-        positions = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        context = outputs.context.keep(
-            positions if not isinstance(positions, slice) or logits_to_keep else slice(None)
-        )
+        context = outputs.context
+        if not isinstance(logits_to_keep, int):
+            context = context.keep(logits_to_keep)
+        elif logits_to_keep < 0:
+            raise ValueError(f"`logits_to_keep` must be at least 0 (0 keeps all), got {logits_to_keep}.")
+        elif logits_to_keep > 0:
+            context = context.keep(slice(-logits_to_keep, None))
         batch = (input_ids if inputs_embeds is None else inputs_embeds).shape[0]
         state = self._initial_state(batch, context, thinking, initial_candidate)
         losses = None
-        if labels is not None or kwargs.get("shift_labels") is not None:
+        targets = labels if kwargs.get("shift_labels") is None else kwargs["shift_labels"]
+        if targets is not None:
+            check_labels(targets, (batch, state.shape[2]), state.shape[-1])
             losses = StepLosses(self, labels, self.config.loss_on_steps, kwargs)
         result = self._think(state, context, schedule, thinking, bool(output_energies), losses)
         logits, energies, steps_taken = select_candidate(result, thinking.selection, state.shape[1])
@@ -500,7 +506,7 @@ class EBTForCausalLM(EBTGenerationMixin, EBTPreTrainedModel, GenerationMixin):
             energies=energies if output_energies else None,
             steps_taken=steps_taken,
             step_losses=None if losses is None else losses.stacked(),
-            mean_energies=_mean_energies(result, losses) if self.training else None,
+            mean_energies=_mean_energies(result, len(schedule), losses) if self.training else None,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
