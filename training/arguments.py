@@ -58,7 +58,7 @@ class EBTTrainingArguments(TrainingArguments):
     """
 
     # redeclared parent options: other defaults, same meaning
-    learning_rate: float | None = field(  # type: ignore[assignment]
+    learning_rate: float | None = field(
         default=None,
         metadata={"help": "Base learning rate. Default: what the preset was published with, else 1.2e-3."},
     )
@@ -109,7 +109,7 @@ class EBTTrainingArguments(TrainingArguments):
         super().__post_init__()
         if self.lr_scheduler_type == "cosine_with_min_lr":
             # after the parent, which turns a JSON string from the command line into a dict
-            options = dict(self.lr_scheduler_kwargs or {})
+            options = dict(vars(self)["lr_scheduler_kwargs"] or {})
             if not {"min_lr", "min_lr_rate"} & set(options):
                 options["min_lr_rate"] = MINIMUM_LEARNING_RATE_SHARE
             self.lr_scheduler_kwargs = options
@@ -143,8 +143,9 @@ class EBTTrainingArguments(TrainingArguments):
                 "`eval_steps`) or epoch."
             )
         defaults = TrainingArguments.__dataclass_fields__
-        saves = getattr(self.save_strategy, "value", self.save_strategy)
-        if saves == "steps" and self.save_steps == defaults["save_steps"].default:
+        given = vars(self)
+        saves = getattr(given["save_strategy"], "value", given["save_strategy"])
+        if saves == "steps" and given["save_steps"] == defaults["save_steps"].default:
             self.save_strategy = evaluates
             if evaluates == "steps":
                 self.save_steps = self.eval_steps or self.logging_steps

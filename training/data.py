@@ -469,8 +469,8 @@ class TruncatedDocuments(torch.utils.data.Dataset):
         return len(self.rows)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        row = self.tokens[int(self.rows[index])]
-        ids = row if isinstance(self.tokens, list) else row["input_ids"]
+        number = int(self.rows[index])
+        ids = self.tokens[number] if isinstance(self.tokens, list) else self.tokens[number]["input_ids"]
         return {"input_ids": torch.tensor(ids, dtype=torch.long)}
 
 

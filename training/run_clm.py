@@ -390,14 +390,14 @@ def _load_tokenizer(model: ModelArguments, data: DataArguments) -> "PreTrainedTo
 
 
 def _load_documents(data: DataArguments) -> dict[str, Any]:
-    from .data import is_stream, load_files, load_named, split_off_validation
+    from .data import EMBEDDED, is_stream, load_files, load_named, split_off_validation
 
     unit = data.text_unit or ("document" if data.packing else "paragraph")
     if data.train_file is not None:
         named = {"train": data.train_file, "validation": data.validation_file, "test": data.test_file}
         documents = load_files({split: paths for split, paths in named.items() if paths}, data.streaming, unit)
     else:
-        documents = load_named(data.dataset_name, data.dataset_config_name, data.streaming, unit)
+        documents = load_named(data.dataset_name or EMBEDDED, data.dataset_config_name, data.streaming, unit)
     percent = data.validation_split_percentage
     if "validation" in documents:
         if percent is not None:
@@ -434,7 +434,7 @@ def _rows(
     if stream and training and data.shuffle_buffer_size:
         source = source.shuffle(seed=seed, buffer_size=data.shuffle_buffer_size)
     limit = data.max_train_samples if training else data.max_eval_samples
-    tokens = tokenize(
+    tokens: Any = tokenize(
         source,
         tokenizer,
         text_column=data.text_column,
@@ -442,20 +442,21 @@ def _rows(
         max_length=None if data.packing else block_size + 1,
         num_workers=data.preprocessing_num_workers,
     )
-    if data.packing:
-        padding = tokenizer.pad_token_id
-        kind = PackedStream if stream else PackedBlocks
-        rows = kind(tokens, block_size, keep_remainder=not training, pad_token_id=padding, max_blocks=limit)
-        if not stream:
-            lost = (
-                f"; the last {rows.dropped_tokens} tokens fill no block and are left out"
-                if rows.dropped_tokens
-                else ""
-            )
-            _say(f"{split}: {rows.num_tokens:,} tokens, {len(rows):,} blocks of {block_size}{lost}.")
-        return rows
-    if stream:
+    if stream and not data.packing:
         return TruncatedStream(tokens, limit)
+    if data.packing:
+        options: dict[str, Any] = {
+            "keep_remainder": not training,
+            "pad_token_id": tokenizer.pad_token_id,
+            "max_blocks": limit,
+        }
+        if stream:
+            return PackedStream(tokens, block_size, **options)
+        blocks = PackedBlocks(tokens, block_size, **options)
+        rest = blocks.dropped_tokens
+        lost = f"; the last {rest} tokens fill no block and are left out" if rest else ""
+        _say(f"{split}: {blocks.num_tokens:,} tokens, {len(blocks):,} blocks of {block_size}{lost}.")
+        return blocks
     documents = TruncatedDocuments(tokens, limit)
     short = documents.dropped_documents
     lost = f"; {short} documents of fewer than 2 tokens predict nothing and are left out" if short else ""
