@@ -549,6 +549,23 @@ def test_other_sources_train_too(command, source, options):
     assert ("eval_perplexity" in results) == ("percentage 0" not in options)
 
 
+def test_the_console_script_runs_it_in_a_process_of_its_own(tmp_path, subprocess_env):
+    argv = ["ebt", "train", "clm", "--output_dir", str(tmp_path / "out"), "--use_cpu", "--max_steps", "1"]
+    argv += [
+        "--block_size",
+        "16",
+        "--config_overrides",
+        TINY_RUN,
+        "--max_train_samples",
+        "8",
+        "--max_eval_samples",
+        "2",
+    ]
+    code = f"import sys; sys.argv = {argv!r}; from ebt_transformers.cli import main; sys.exit(main())"
+    subprocess.run([sys.executable, "-c", code], check=True, env=subprocess_env, timeout=300)
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
 def test_a_saved_model_trains_further(command, tmp_path):
     first = command("--max_steps 2")
     second = command(f"--max_steps 1 --model_name_or_path {first}", model="", out="second")
