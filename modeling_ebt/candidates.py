@@ -34,8 +34,14 @@ class TextCandidates:
         """One step along `gradient` (B, N, D); returns logits (B, N, V) in float32."""
         # scaling the D-sized gradient instead of the V-sized product leaves nothing V-sized for the backward pass
         scaled = step_size * gradient.float()
-        move = F.linear(scaled.to(self.table.dtype), self.table).float()
-        return (point if self.update_rule == "replace" else state) - move
+        base = point if self.update_rule == "replace" else state
+        # where the gradient is a constant, so is its projection: the table learns in differentiated steps only
+        table = self.table if gradient.requires_grad else self.table.detach()
+        if table.dtype == torch.float32 and not torch.is_autocast_enabled(base.device.type):
+            # one pass over the V-sized result instead of two
+            moved = torch.addmm(base.flatten(0, -2), scaled.flatten(0, -2), table.t(), alpha=-1)
+            return moved.view(base.shape)
+        return base - F.linear(scaled.to(table.dtype), table).float()
 
 
 __all__ = ["TextCandidates"]

@@ -168,10 +168,11 @@ def descend(
             active = torch.ones_like(value, dtype=torch.bool)
             taken = torch.zeros_like(value, dtype=torch.long)
         elif tolerance is not None:
+            # a row that stopped earlier repeats its last energy; one that stops now reports that of the state it keeps
             previous = energies[-1]
+            value = torch.where(active, value, previous)
             if step.landscape == schedule[index - 1].landscape:
                 active = active & ((previous - value).abs() > tolerance)
-            value = torch.where(active, value, previous)
             if not active.any():
                 # every row has come to rest: the remaining steps would change nothing
                 energies += [value] * (len(schedule) - index)
@@ -196,7 +197,8 @@ def descend(
             on_step(index, state, value)
 
     if final_energy:
-        if after is None:
+        # noise: what a step was judged by is not the energy of a state it left unmoved
+        if after is None or any(step.noise_std > 0 for step in schedule):
             with torch.no_grad():
                 after = energy(space.embed(space.point(state)), schedule[-1].landscape)
         energies.append(after)

@@ -636,7 +636,9 @@ class EBTForCausalLM(EBTGenerationMixin, EBTPreTrainedModel, GenerationMixin):
         graph = "none"
         if learning:
             graph = "all" if self.config.loss_on_steps == "all" else "last"
-        columns = context.mask.shape[-1]
+        # each token of a text has noise of its own, the same with every kind of cache
+        noisy = any(step.noise_std > 0 for step in schedule)
+        position = int(context.position_ids.max()) if noisy else 0
         return descend(
             energy,
             TextCandidates(self.candidate_embedding.weight, self.config.update),
@@ -647,7 +649,7 @@ class EBTForCausalLM(EBTGenerationMixin, EBTPreTrainedModel, GenerationMixin):
             accept_only_lower_energy=thinking.accept_only_lower_energy,
             tolerance=thinking.tolerance,
             final_energy=output_energies or candidates > 1,
-            generator=random_generator(thinking, state.device, columns),
+            generator=random_generator(thinking, state.device, position),
             checkpoint=self._gradient_checkpointing_func if learning and self.gradient_checkpointing else None,
             on_step=losses.record if losses is not None and candidates == 1 else None,
         )
