@@ -1,0 +1,343 @@
+"""
+The console script `ebt`: thin sub-commands around the package.
+
+Nothing heavy is imported before a sub-command needs it, so that help answers at once (see `__init__.py`).
+"""
+
+import difflib
+import json
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from . import __version__
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+USER_ERRORS = (ValueError, TypeError, OSError, ImportError)
+USAGE_ERROR = 2
+INTERRUPTED = 130
+THINKING = "thinking_"
+
+
+# ---- arguments -------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class DemoArguments:
+    """Text, speed, energies and held-out perplexity of the embedded model with 1, 2, 4 and 8 thinking steps."""
+
+    model: str | None = field(default=None, metadata={"help": "Another checkpoint: a folder or a Hub id."})
+    prompt: str = field(default="ROMEO:\n", metadata={"help": "The text to continue."})
+    steps: list[int] = field(
+        default_factory=lambda: [1, 2, 4, 8], metadata={"help": "Numbers of thinking steps to compare."}
+    )
+    max_new_tokens: int = field(default=100, metadata={"help": "Length of each text in tokens."})
+    temperature: float = field(default=0.8, metadata={"help": "Temperature of the sampled text."})
+    top_k: int = field(default=50, metadata={"help": "Sample from the so many likeliest tokens."})
+    seed: int = field(default=0, metadata={"help": "Random seed of the sampled text."})
+    blocks: int = field(default=40, metadata={"help": "Held-out blocks to measure perplexity on; 0 means all."})
+    output_dir: str = field(default="ebt_demo", metadata={"help": "Where the picture and the numbers go."})
+
+
+@dataclass
+class GenerateArguments:
+    """Continues a text, thinking about every token."""
+
+    model: str | None = field(
+        default=None, metadata={"help": "Checkpoint: a folder or a Hub id. Default: the embedded one."}
+    )
+    max_new_tokens: int = field(default=100, metadata={"help": "How many tokens to generate at most."})
+    thinking_steps: int | None = field(
+        default=None, metadata={"help": "Thinking steps per token. Default of this and the next: the checkpoint's."}
+    )
+    thinking_candidates: int | None = field(
+        default=None, metadata={"help": "Candidates descended side by side; the best is kept."}
+    )
+    thinking_selection: str | None = field(
+        default=None, metadata={"help": "How the best is chosen: min_energy, max_gap or max_energy."}
+    )
+    thinking_step_size_scale: float | None = field(default=None, metadata={"help": "Factor on the step size."})
+    thinking_noise_std: float | None = field(default=None, metadata={"help": "Noise before every step."})
+    thinking_tolerance: float | None = field(
+        default=None, metadata={"help": "Stop thinking about a token when its energy changes by no more than this."}
+    )
+    thinking_accept_only_lower_energy: bool = field(
+        default=False, metadata={"help": "Take a step only where it lowers the energy."}
+    )
+    thinking_seed: int | None = field(default=None, metadata={"help": "Seed of random candidates and noise."})
+    sample: bool = field(default=False, metadata={"help": "Sample tokens instead of taking the likeliest."})
+    temperature: float | None = field(default=None, metadata={"help": "Temperature, with --sample."})
+    top_k: int | None = field(default=None, metadata={"help": "Sample from the so many likeliest, with --sample."})
+    top_p: float | None = field(default=None, metadata={"help": "Sample from this share of mass, with --sample."})
+    seed: int = field(default=0, metadata={"help": "Random seed, with --sample."})
+    output_energies: bool = field(default=False, metadata={"help": "Report the energies of every token."})
+    json: bool = field(default=False, metadata={"help": "Print one JSON object instead of text."})
+    stream: bool = field(default=False, metadata={"help": "Print the text while it is being generated."})
+    device: str | None = field(default=None, metadata={"help": "cpu, cuda, ... Default: cuda where there is one."})
+
+
+# ---- parsing ---------------------------------------------------------------------------------------------------
+
+
+def _nearest(given: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(given, known, n=1)
+    return f" Did you mean {close[0]}?" if close else ""
+
+
+def _parse(command: str, kind: type, argv: list[str], positionals: dict[str, str] | None = None) -> tuple[Any, Any]:
+    """Arguments of a sub-command as its dataclass, and a namespace with its positional ones."""
+    from transformers.hf_argparser import HfArgumentParser
+
+    flags = {f"--{item.name}" for item in fields(kind) if item.type is bool}
+    # a flag must not take the word behind it for its value
+    argv = [f"{word}=true" if word.replace("-", "_").replace("__", "--", 1) in flags else word for word in argv]
+    parser = HfArgumentParser(kind, prog=f"ebt {command}", description=kind.__doc__)
+    for name, description in (positionals or {}).items():
+        parser.add_argument(name, help=description)
+    parsed, *rest = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True, look_for_args_file=False)
+    unknown = rest.pop()
+    if unknown:
+        names = [item.name for item in fields(kind)]
+        options = [f"--{name}" for name in (*names, *(name.replace("_", "-") for name in names))]
+        name = unknown[0].partition("=")[0]
+        raise ValueError(f"Unknown argument {name}.{_nearest(name, options)} `ebt {command} --help` lists all.")
+    return parsed, rest[0] if rest else None
+
+
+# ---- sub-commands ----------------------------------------------------------------------------------------------
+
+
+def _demo(argv: list[str]) -> int:
+    arguments, _ = _parse("demo", DemoArguments, argv)
+    from .demo import run_demo
+
+    run_demo(**vars(arguments))
+    return 0
+
+
+def _check_generate(arguments: GenerateArguments) -> None:
+    if arguments.max_new_tokens < 1:
+        raise ValueError(f"--max_new_tokens must be at least 1, got {arguments.max_new_tokens}.")
+    if arguments.stream and arguments.json:
+        raise ValueError("--stream and --json contradict each other. Give one of them.")
+    if not arguments.sample:
+        ignored = [name for name in ("temperature", "top_k", "top_p") if getattr(arguments, name) is not None]
+        if ignored:
+            raise ValueError(f"--{ignored[0]} has an effect with --sample only.")
+
+
+def _thinking_options(arguments: GenerateArguments, model: "PreTrainedModel") -> dict[str, Any]:
+    options = {name: value for name, value in vars(arguments).items() if name.startswith(THINKING)}
+    options = {name: value for name, value in options.items() if value is not None and value is not False}
+    if options and not hasattr(model, "energy"):
+        raise ValueError(f"{type(model).__name__} does not think: --{next(iter(options))} has no meaning for it.")
+    return options
+
+
+def _generate(argv: list[str]) -> int:
+    positional = {"prompt": "The text to continue; - reads it from standard input."}
+    arguments, given = _parse("generate", GenerateArguments, argv, positional)
+    _check_generate(arguments)
+    prompt = sys.stdin.read() if given.prompt == "-" else given.prompt
+    import torch
+    from transformers import TextStreamer
+
+    from .demo import load_checkpoint
+    from .pipelines.text_generation import check_room, generate_with_energies
+
+    model, tokenizer = load_checkpoint(arguments.model)
+    model.to(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    options = {"max_new_tokens": arguments.max_new_tokens, "do_sample": arguments.sample}
+    options |= {name: getattr(arguments, name) for name in ("temperature", "top_k", "top_p")}
+    options = {name: value for name, value in options.items() if value is not None}
+    options |= _thinking_options(arguments, model)
+    if arguments.stream:
+        options["streamer"] = TextStreamer(tokenizer, skip_special_tokens=True)
+    torch.manual_seed(arguments.seed)
+    if arguments.output_energies:
+        (result,) = generate_with_energies(model, tokenizer, prompt, **options)
+        record, text = result.to_dict(), result.text
+    else:
+        text = prompt or tokenizer.bos_token
+        if not text:
+            raise ValueError("The prompt is empty and the tokenizer has no bos token to start from. Give some text.")
+        encoded = tokenizer(text, return_tensors="pt").to(model.device)
+        length = encoded["input_ids"].shape[1]
+        check_room(model, length, arguments.max_new_tokens)
+        if tokenizer.pad_token_id is not None:
+            options["pad_token_id"] = tokenizer.pad_token_id
+        output = model.generate(**encoded, **options)
+        text = tokenizer.decode(output[0, length:], skip_special_tokens=True)
+        record = {"prompt": prompt, "text": text}
+    if arguments.json:
+        print(json.dumps(record))
+        return 0
+    if not arguments.stream:
+        print(prompt + text)
+    if arguments.output_energies:
+        _print_energies(record["tokens"])
+    return 0
+
+
+def _print_energies(tokens: list[dict[str, Any]]) -> None:
+    from .reporting import table
+
+    count = max(len(token["energies"]) for token in tokens)
+    header = ["token", "steps", "start", *(f"after {step}" for step in range(1, count))]
+    rows = [
+        [json.dumps(token["text"]), str(token["steps_taken"]), *(f"{energy:.4f}" for energy in token["energies"])]
+        for token in tokens
+    ]
+    print("\n" + table(header, rows))
+
+
+def _train(argv: list[str]) -> int:
+    kinds = {"clm": "a causal language model, or its Transformer++ twin, on text"}
+    if not argv or argv[0] in ("-h", "--help"):
+        print("usage: ebt train KIND [options]\n")
+        print("\n".join(f"  {name:10} {summary}" for name, summary in kinds.items()))
+        print("\n`ebt train KIND --help` lists the options.")
+        return 0 if argv else USAGE_ERROR
+    if argv[0] not in kinds:
+        raise ValueError(f"Unknown kind of training {argv[0]!r}. Allowed: clm.{_nearest(argv[0], list(kinds))}")
+    from .training.run_clm import main as run
+
+    run(argv[1:])
+    return 0
+
+
+@dataclass
+class ConvertArguments:
+    """Turns a checkpoint of the official code into a folder that from_pretrained() loads."""
+
+
+def _convert(argv: list[str]) -> int:
+    positional = {"checkpoint": "Official checkpoint file (.ckpt).", "output": "Folder to write."}
+    _, given = _parse("convert", ConvertArguments, argv, positional)
+    if not Path(given.checkpoint).is_file():
+        raise FileNotFoundError(f"There is no checkpoint file {given.checkpoint}.")
+    from .modeling_ebt.conversion_ebt import convert_checkpoint
+
+    convert_checkpoint(given.checkpoint, given.output)
+    print(f"Saved to {given.output}.")
+    return 0
+
+
+def _benchmark(argv: list[str]) -> int:
+    folder = Path(__file__).resolve().parent / "benchmarks"
+    scripts = {path.stem: path for path in sorted(folder.glob("*.py")) if path.stem not in ("common", "__init__")}
+    if not scripts:
+        raise FileNotFoundError(
+            "The benchmarks are not part of the installed package. Clone the repository and run them from there."
+        )
+    if not argv or argv[0] in ("-h", "--help"):
+        print("usage: ebt benchmark NAME [options]\n\nNames: " + ", ".join(scripts))
+        print("\n`ebt benchmark NAME --help` lists the options.")
+        return 0 if argv else USAGE_ERROR
+    if argv[0] not in scripts:
+        raise ValueError(
+            f"Unknown benchmark {argv[0]!r}. Allowed: {', '.join(scripts)}.{_nearest(argv[0], [*scripts])}"
+        )
+    import subprocess
+
+    return subprocess.run([sys.executable, str(scripts[argv[0]]), *argv[1:]]).returncode
+
+
+def _env(argv: list[str]) -> int:
+    if argv:
+        asks = argv[0] in ("-h", "--help")
+        print("usage: ebt env\n\nPrints the versions and devices that a bug report needs.")
+        return 0 if asks else USAGE_ERROR
+    from .reporting import environment
+
+    facts = environment()
+    width = max(map(len, facts))
+    print("\n".join(f"{name:{width}}  {value}" for name, value in facts.items()))
+    return 0
+
+
+@dataclass(frozen=True)
+class Command:
+    """A sub-command: what it is for and what it runs; `own_debug` where `--debug` behind it means something else."""
+
+    summary: str
+    run: Callable[[list[str]], int]
+    own_debug: bool = False
+
+
+COMMANDS = {
+    "demo": Command("what thinking does, on the embedded model", _demo),
+    "generate": Command("continue a text", _generate),
+    "train": Command("train a model (ebt train clm)", _train, own_debug=True),
+    "convert": Command("turn an official checkpoint into one that from_pretrained() loads", _convert),
+    "benchmark": Command("run a benchmark of this repository", _benchmark, own_debug=True),
+    "env": Command("versions for a bug report", _env),
+}
+
+
+def _usage() -> str:
+    lines = "\n".join(f"  {name:10} {command.summary}" for name, command in COMMANDS.items())
+    return (
+        "usage: ebt [--debug] COMMAND [options]\n\nEnergy-Based Transformers for Hugging Face.\n\ncommands:\n"
+        f"{lines}\n\noptions:\n  -h, --help  show this message; `ebt COMMAND --help` shows that of a command\n"
+        "  --version   print the version\n  --debug     show the traceback of an error"
+    )
+
+
+def _run(name: str, argv: list[str]) -> int:
+    if name not in COMMANDS:
+        raise ValueError(f"Unknown command {name!r}.{_nearest(name, list(COMMANDS))} `ebt --help` lists all.")
+    return COMMANDS[name].run(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """
+    Runs the console script.
+
+    Args:
+        argv (sequence of `str`, *optional*): arguments without the program's name; `None` takes the process's own.
+
+    Returns:
+        The exit status: 0, 2 for an error of the user (one line on standard error), 130 when interrupted.
+    """
+    rest = list(sys.argv[1:] if argv is None else argv)
+    debug = False
+    while rest and rest[0] == "--debug":
+        debug, rest = True, rest[1:]
+    if not rest or rest[0] in ("-h", "--help"):
+        print(_usage())
+        return 0 if rest else USAGE_ERROR
+    if rest[0] == "--version":
+        print(__version__)
+        return 0
+    name, rest = rest[0], rest[1:]
+    if name in COMMANDS and not COMMANDS[name].own_debug and "--debug" in rest:
+        debug, rest = True, [word for word in rest if word != "--debug"]
+    try:
+        return _run(name, rest)
+    except KeyboardInterrupt:
+        print("\nebt: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:  # the reader (head, less) has seen enough
+        sys.stdout = None  # type: ignore[assignment]
+        return 0
+    except SystemExit as leaving:
+        if not isinstance(leaving.code, str):
+            raise
+        error: BaseException = leaving
+    except USER_ERRORS as raised:
+        error = raised
+    if debug:
+        traceback.print_exception(error)
+    print(f"ebt {name}: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
+    return USAGE_ERROR
+
+
+if __name__ == "__main__":
+    sys.exit(main())

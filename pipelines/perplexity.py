@@ -1,0 +1,136 @@
+"""How much thinking pays on held-out text: loss and perplexity for several numbers of thinking steps."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.utils.logging import tqdm
+
+from ..configuration import ThinkingConfig
+
+
+def _rows(token_blocks: Tensor | Iterable[Any]) -> list[Tensor]:
+    rows = []
+    for block in token_blocks:
+        ids = block["input_ids"] if isinstance(block, Mapping) else block
+        row = ids if isinstance(ids, Tensor) else torch.tensor(ids)
+        if isinstance(block, Mapping) and block.get("labels") is not None:
+            row = row[: int((torch.as_tensor(block["labels"]) != -100).sum())]  # padding at the end of the last block
+        if row.dim() != 1 or row.numel() < 2:
+            raise ValueError(f"A block must hold at least 2 tokens, got shape {tuple(row.shape)}.")
+        rows.append(row.long())
+    return rows
+
+
+def _batches(rows: Sequence[Tensor], batch_size: int) -> list[Tensor]:
+    """Rows of one length together, in order; no padding is needed."""
+    batches: list[list[Tensor]] = []
+    for row in rows:
+        if batches and len(batches[-1]) < batch_size and batches[-1][0].shape == row.shape:
+            batches[-1].append(row)
+        else:
+            batches.append([row])
+    return [torch.stack(batch) for batch in batches]
+
+
+def _batch_losses(model: PreTrainedModel, ids: Tensor, steps: Sequence[int], thinking: ThinkingConfig) -> list[float]:
+    """Mean loss of one batch after each number of steps."""
+    if not hasattr(model, "energy"):
+        return [model(input_ids=ids, labels=ids, use_cache=False).loss.item()]
+    one_pass = (thinking.candidates or 1) == 1 and model.config.default_thinking().candidates == 1
+    if one_pass:  # the first k steps of a long descent are the descent of k steps
+        output = model(input_ids=ids, labels=ids, use_cache=False, thinking=thinking, thinking_steps=max(steps))
+        return [output.step_losses[count - 1].item() for count in steps]
+    return [
+        model(input_ids=ids, labels=ids, use_cache=False, thinking=thinking, thinking_steps=count).loss.item()
+        for count in steps
+    ]
+
+
+@torch.no_grad()
+def mean_losses_by_steps(
+    model: PreTrainedModel,
+    token_blocks: Tensor | Iterable[Any],
+    steps: Sequence[int] = (1, 2, 4, 8),
+    batch_size: int = 8,
+    progress_bar: bool = True,
+    thinking: ThinkingConfig | Mapping[str, Any] | None = None,
+) -> dict[int, float]:
+    """
+    Mean cross-entropy per predicted token after each number of thinking steps; arguments and errors as
+    [`perplexity_by_steps`].
+    """
+    counts = sorted(set(steps)) if hasattr(model, "energy") else [0]
+    if not counts or any(not isinstance(count, int) or count < 1 for count in counts if counts != [0]):
+        raise ValueError(f"`steps` must be integers of at least 1, got {list(steps)}.")
+    options = ThinkingConfig.from_value(thinking)
+    if options.steps is not None or options.landscapes is not None:
+        raise ValueError("The numbers of steps are given as `steps`; leave them out of `thinking`.")
+    if batch_size < 1:
+        raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
+    batches = _batches(_rows(token_blocks), batch_size)
+    if not batches:
+        raise ValueError("There are no blocks to evaluate on.")
+    training = model.training
+    model.eval()
+    totals, tokens = [0.0] * len(counts), 0
+    try:
+        for batch in tqdm(batches, desc="Held-out text", unit="batch", disable=not progress_bar):
+            predicted = batch.shape[0] * (batch.shape[1] - 1)
+            losses = _batch_losses(model, batch.to(model.device), counts, options)
+            totals = [total + loss * predicted for total, loss in zip(totals, losses, strict=True)]
+            tokens += predicted
+    finally:
+        model.train(training)
+    return {count: total / tokens for count, total in zip(counts, totals, strict=True)}
+
+
+def perplexity_by_steps(
+    model: PreTrainedModel,
+    token_blocks: Tensor | Iterable[Any],
+    steps: Sequence[int] = (1, 2, 4, 8),
+    batch_size: int = 8,
+    progress_bar: bool = True,
+    thinking: ThinkingConfig | Mapping[str, Any] | None = None,
+) -> dict[int, float]:
+    """
+    Perplexity of a language model on held-out tokens for several numbers of thinking steps: exp of the mean
+    cross-entropy over all predicted tokens.
+
+    With one candidate all numbers come from a single descent of the largest one.
+
+    Args:
+        model: an [`EBTForCausalLM`], or any other causal language model, which has one perplexity.
+        token_blocks (`Tensor` of shape `(blocks, S)`, or an iterable):
+            Blocks of token ids, each scored on its own; also rows `{"input_ids": ...}` of a data set.
+        steps (sequence of `int`, *optional*): numbers of thinking steps; ignored for models that do not think.
+        batch_size (`int`, *optional*, defaults to 8): blocks at a time.
+        progress_bar (`bool`, *optional*, defaults to `True`): show one.
+        thinking ([`ThinkingConfig`] or `dict`, *optional*): further options, the same for all numbers of steps.
+
+    Returns:
+        `dict[int, float]`: perplexity per number of steps, ascending; `{0: perplexity}` for a model without steps.
+
+    Raises:
+        ValueError: for no blocks, blocks of fewer than 2 tokens, and bad numbers of steps.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from ebt_transformers import EBTConfig, EBTForCausalLM
+    >>> from ebt_transformers.pipelines import perplexity_by_steps
+
+    >>> model = EBTForCausalLM(EBTConfig.from_preset("4xs", vocab_size=32))
+    >>> list(perplexity_by_steps(model, torch.randint(0, 32, (3, 16)), progress_bar=False))
+    [1, 2, 4, 8]
+    ```
+    """
+    losses = mean_losses_by_steps(model, token_blocks, steps, batch_size, progress_bar, thinking)
+    return {count: math.exp(loss) if loss < 700 else math.inf for count, loss in losses.items()}
+
+
+__all__ = ["mean_losses_by_steps", "perplexity_by_steps"]
