@@ -161,4 +161,4 @@ class ThinkingConfig:
 
 FLAT_THINKING_NAMES = tuple(FLAT_PREFIX + name for name in ThinkingConfig.field_names())
 
-__all__ = ["FLAT_THINKING_NAMES", "ThinkingConfig"]
+__all__ = ["FLAT_PREFIX", "FLAT_THINKING_NAMES", "ThinkingConfig"]

@@ -83,10 +83,9 @@ def _to_normal(value: Any) -> Any:
         return value.clone() if value.is_inference() else value
     if isinstance(value, Cache):
         for layer in value.layers:
-            for name in ("keys", "values"):
-                tensor = getattr(layer, name, None)
-                if isinstance(tensor, Tensor) and tensor.is_inference():
-                    setattr(layer, name, tensor.clone())
+            for name, attribute in list(vars(layer).items()):
+                if isinstance(attribute, Tensor) and attribute.is_inference():
+                    setattr(layer, name, attribute.clone())
         return value
     return value
 

@@ -1,14 +1,15 @@
 """Thinking in `generate()`: options resolved once, energies of every token carried out."""
 
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.generation.stopping_criteria import StoppingCriteriaList
 from transformers.generation.utils import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyOutput
 
-from .thinking_ebt import FLAT_THINKING_NAMES, ThinkingConfig
+from .thinking_ebt import FLAT_PREFIX, FLAT_THINKING_NAMES, ThinkingConfig
 
 
 @dataclass
@@ -18,7 +19,7 @@ class EBTGenerateOutput(GenerateDecoderOnlyOutput):
 
     Args:
         energies (`torch.FloatTensor` of shape `(B, new, K + 1)`): energy of each token's candidate before every step
-            and after the last.
+            and after the last; NaN after the end of a row.
         steps_taken (`torch.LongTensor` of shape `(B, new)`): steps that moved it.
     """
 
@@ -34,8 +35,28 @@ class EBTGenerateBeamOutput(GenerateBeamDecoderOnlyOutput):
     steps_taken: torch.LongTensor | None = None
 
 
-# one list for each running generate() call; a context variable keeps threads apart
-_TRACE: ContextVar[list[tuple[Tensor, Tensor]] | None] = ContextVar("ebt_thinking_trace", default=None)
+@dataclass
+class _Trace:
+    """What one running generate() call thought: energies and steps of every token, and which rows it ended."""
+
+    energies: list[Tensor] = field(default_factory=list)
+    steps_taken: list[Tensor] = field(default_factory=list)
+    ended: list[Tensor] = field(default_factory=list)
+
+
+# a context variable keeps threads apart
+_TRACE: ContextVar[_Trace | None] = ContextVar("ebt_thinking_trace", default=None)
+
+
+class _TracedCriteria(StoppingCriteriaList):
+    """Stopping criteria that leave in the trace which rows they ended."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        ended = super().__call__(*args, **kwargs)
+        trace = _TRACE.get()
+        if trace is not None:
+            trace.ended.append(ended)
+        return ended
 
 
 class EBTGenerationMixin:
@@ -60,19 +81,19 @@ class EBTGenerationMixin:
         generation_config = kwargs.get("generation_config")
         if generation_config is None and len(args) > 1:
             generation_config = args[1]
-        configured = generation_config if generation_config is not None else self.generation_config
-        thinking = self._call_thinking(kwargs, configured)
-        kwargs["thinking"] = thinking
+        configured = [config for config in (generation_config, self.generation_config) if config is not None]
+        kwargs["thinking"] = self._call_thinking(kwargs, configured)
         returns_dict = kwargs.get("return_dict_in_generate")
-        if returns_dict is None:
-            returns_dict = getattr(configured, "return_dict_in_generate", False)
+        for config in configured:
+            if returns_dict is None:
+                returns_dict = getattr(config, "return_dict_in_generate", None)
         if not output_energies:
             return super().generate(*args, **kwargs)
         if not returns_dict:
             raise ValueError("`output_energies=True` needs `return_dict_in_generate=True` to have somewhere to go.")
         if kwargs.get("assistant_model") is not None or kwargs.get("prompt_lookup_num_tokens"):
             raise ValueError("`output_energies=True` is not available with assisted decoding, which skips tokens.")
-        trace: list[tuple[Tensor, Tensor]] = []
+        trace = _Trace()
         token = _TRACE.set(trace)
         try:
             output = super().generate(*args, output_energies=True, **kwargs)
@@ -88,36 +109,49 @@ class EBTGenerationMixin:
         super().save_pretrained(*args, **kwargs)
 
     @staticmethod
-    def _call_thinking(kwargs: dict[str, Any], generation_config: Any) -> ThinkingConfig:
+    def _call_thinking(kwargs: dict[str, Any], generation_configs: list[Any]) -> ThinkingConfig:
         # popped here: left in, transformers would put them into the generation config and the model would not see them
         flat = {name: kwargs.pop(name) for name in FLAT_THINKING_NAMES if name in kwargs}
-        called = ThinkingConfig.from_value({name: value for name, value in flat.items() if value is not None})
-        called = called.merged_over(ThinkingConfig.from_value(kwargs.pop("thinking", None)))
-        configured = {name: getattr(generation_config, name, None) for name in FLAT_THINKING_NAMES}
-        return called.merged_over(
-            ThinkingConfig.from_value({name: value for name, value in configured.items() if value is not None})
-        )
+        thinking = ThinkingConfig.from_value({name: value for name, value in flat.items() if value is not None})
+        thinking = thinking.merged_over(ThinkingConfig.from_value(kwargs.pop("thinking", None)))
+        for config in generation_configs:
+            set_there = {
+                name: value
+                for name, value in vars(config).items()
+                if name.startswith(FLAT_PREFIX) and value is not None
+            }
+            thinking = thinking.merged_over(ThinkingConfig.from_value(set_there))
+        return thinking
+
+    def _get_stopping_criteria(self, *args: Any, **kwargs: Any) -> StoppingCriteriaList:
+        criteria = super()._get_stopping_criteria(*args, **kwargs)
+        return criteria if _TRACE.get() is None else _TracedCriteria(criteria)
 
     def _update_model_kwargs_for_generation(self, outputs: Any, model_kwargs: dict[str, Any], **kwargs: Any) -> Any:
         trace = _TRACE.get()
         if trace is not None and outputs.get("energies") is not None:
-            trace.append((outputs.energies[:, -1], outputs.steps_taken[:, -1]))
+            trace.energies.append(outputs.energies[:, -1])
+            trace.steps_taken.append(outputs.steps_taken[:, -1])
         return super()._update_model_kwargs_for_generation(outputs, model_kwargs, **kwargs)
 
     @staticmethod
-    def _with_energies(output: Any, trace: list[tuple[Tensor, Tensor]]) -> Any:
-        energies = torch.stack([energy for energy, _ in trace], dim=1)
-        steps = torch.stack([step for _, step in trace], dim=1)
-        if getattr(output, "beam_indices", None) is None:
-            if output.sequences.shape[0] != energies.shape[0]:
-                return output
+    def _with_energies(output: Any, trace: _Trace) -> Any:
+        energies = torch.stack(trace.energies, dim=1)
+        steps = torch.stack(trace.steps_taken, dim=1)
+        beams = getattr(output, "beam_indices", None)
+        if beams is None:
+            # a row is over for the tokens after the one that ended it
+            over = torch.stack(trace.ended, dim=1).cumsum(1).roll(1, dims=1).bool()
+            over[:, 0] = False
+        else:
+            beams = beams[:, : energies.shape[1]]
+            over = beams < 0
+            rows, columns = beams.clamp(min=0), torch.arange(beams.shape[1], device=beams.device)[None]
+            energies, steps = energies[rows, columns], steps[rows, columns]
+        energies = energies.masked_fill(over[..., None], float("nan"))
+        steps = steps.masked_fill(over, 0)
+        if beams is None:
             return EBTGenerateOutput(**output, energies=energies, steps_taken=steps)
-        beams = output.beam_indices[:, : energies.shape[1]]
-        ended = beams < 0
-        columns = torch.arange(beams.shape[1], device=beams.device)[None]
-        rows = beams.clamp(min=0)
-        energies = energies[rows, columns].masked_fill(ended[..., None], float("nan"))
-        steps = steps[rows, columns].masked_fill(ended, 0)
         return EBTGenerateBeamOutput(**output, energies=energies, steps_taken=steps)
 
 
