@@ -1,5 +1,6 @@
 """`EBTConfig`: what an Energy-Based Transformer for text is."""
 
+import math
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -7,7 +8,7 @@ from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import RopeParameters
 
 from .presets_ebt import preset_fields, recipe_fields
-from .thinking_ebt import ThinkingConfig
+from .thinking_ebt import FLAT_PREFIX, ThinkingConfig
 
 
 STEP_CONDITIONINGS = ("none", "time_embed", "adaln", "adaln_zero")
@@ -129,6 +130,10 @@ class EBTConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
+        unknown = sorted(name for name in kwargs if name.startswith(FLAT_PREFIX))
+        if unknown:
+            allowed = sorted(name for name in self.__dataclass_fields__ if name.startswith(FLAT_PREFIX))
+            raise ValueError(f"Unknown thinking option(s) {', '.join(unknown)}. Allowed: {', '.join(allowed)}.")
         if self.intermediate_size is None:
             self.intermediate_size = self.hidden_size
         if self.num_key_value_heads is None:
@@ -181,8 +186,8 @@ class EBTConfig(PreTrainedConfig):
             )
         for name, lowest in (("step_size", "above 0"), ("candidate_init_std", "at least 0")):
             value = getattr(self, name)
-            if value < 0 or (value == 0 and lowest == "above 0"):
-                raise ValueError(f"`{name}` must be {lowest}, got {value}.")
+            if not math.isfinite(value) or value < 0 or (value == 0 and lowest == "above 0"):
+                raise ValueError(f"`{name}` must be finite and {lowest}, got {value}.")
         self.default_thinking()  # raises for bad thinking defaults
 
     def default_thinking(self) -> ThinkingConfig:
