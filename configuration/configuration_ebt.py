@@ -13,6 +13,7 @@ from .thinking_ebt import FLAT_PREFIX, ThinkingConfig
 
 STEP_CONDITIONINGS = ("none", "time_embed", "adaln", "adaln_zero")
 CANDIDATE_EMBEDDINGS = ("linear", "shared")
+CANDIDATE_ANCHORS = ("none", "token")
 CANDIDATE_INITS = ("normal", "zeros")
 UPDATES = ("replace", "residual")
 LOSS_ON_STEPS = ("all", "last")
@@ -51,6 +52,10 @@ class EBTConfig(PreTrainedConfig):
         candidate_embedding (`str`, *optional*, defaults to `"linear"`):
             `"linear"`: candidates have an embedding table of their own. `"shared"`: they use the token embedding (the
             same as `tie_word_embeddings=True`).
+        candidate_anchor (`str`, *optional*, defaults to `"none"`):
+            What else enters the candidate stream at a candidate's position. `"none"`: nothing, the candidate finds the
+            context by attention alone (the paper). `"token"`: the embedding of the context token there is added, as in
+            an ordinary transformer; not in the paper, and learns much faster (`docs/results/anchor.md`).
         candidate_init (`str`, *optional*, defaults to `"normal"`):
             Start of a candidate in training: `"normal"` random logits, or `"zeros"`. Evaluation starts at zero logits.
         candidate_init_std (`float`, *optional*, defaults to 1.0): Spread of the `"normal"` start.
@@ -111,6 +116,7 @@ class EBTConfig(PreTrainedConfig):
     step_conditioning: str = "time_embed"
     num_landscapes: int = 2
     candidate_embedding: str = "linear"
+    candidate_anchor: str = "none"
     candidate_init: str = "normal"
     candidate_init_std: float | int = 1.0
     step_size: float | int = 500.0
@@ -153,6 +159,7 @@ class EBTConfig(PreTrainedConfig):
         for name, allowed in (
             ("step_conditioning", STEP_CONDITIONINGS),
             ("candidate_embedding", CANDIDATE_EMBEDDINGS),
+            ("candidate_anchor", CANDIDATE_ANCHORS),
             ("candidate_init", CANDIDATE_INITS),
             ("update", UPDATES),
             ("loss_on_steps", LOSS_ON_STEPS),

@@ -289,7 +289,13 @@ class EBTModel(EBTPreTrainedModel):
             past_key_values=past_key_values,
             hidden_states=tuple(all_hidden) if output_hidden_states else None,
             attentions=tuple(all_weights) if output_attentions else None,
-            context=EBTContext(keys, values, candidate_mask, position_ids + 1 + steps),
+            context=EBTContext(
+                keys,
+                values,
+                candidate_mask,
+                position_ids + 1 + steps,
+                anchors=inputs_embeds if self.config.candidate_anchor == "token" else None,
+            ),
         )
 
     def _checkpointed(self, layer: nn.Module) -> Callable:
@@ -350,7 +356,7 @@ class EBTModel(EBTPreTrainedModel):
             raise ValueError(
                 f"`landscape` must be between 0 and {context.num_landscapes - 1} for this context, got {landscape}."
             )
-        hidden = candidate_embeds
+        hidden = candidate_embeds if context.anchors is None else candidate_embeds + context.anchors
         rotary = self._rotary(hidden, context.position_ids, 1)
         condition = None
         if self.final_modulation is not None:

@@ -17,12 +17,14 @@ class EBTContext:
         keys, values (`list[Tensor]`): for every layer `(B, K, H_kv, C, d)`.
         mask (`Tensor` of shape `(B or 1, 1, S, C)`): True where the candidate of new token `s` may look.
         position_ids (`Tensor` of shape `(B or 1, S)`): rotary positions of the candidates.
+        anchors (`Tensor` of shape `(B, S, D)`, *optional*): token embeddings added to the candidates.
     """
 
     keys: list[torch.Tensor]
     values: list[torch.Tensor]
     mask: torch.Tensor
     position_ids: torch.Tensor
+    anchors: torch.Tensor | None = None
 
     @property
     def num_landscapes(self) -> int:
@@ -31,13 +33,16 @@ class EBTContext:
 
     def keep(self, positions: torch.Tensor | slice) -> "EBTContext":
         """The same context with candidates at some of the new positions only."""
-        return EBTContext(self.keys, self.values, self.mask[:, :, positions], self.position_ids[:, positions])
+        anchors = None if self.anchors is None else self.anchors[:, positions]
+        return EBTContext(self.keys, self.values, self.mask[:, :, positions], self.position_ids[:, positions], anchors)
 
     def repeat_candidates(self, count: int) -> "EBTContext":
         """The same context with `count` candidates at every position, candidate-major; keys are shared, not copied."""
         if count == 1:
             return self
-        return EBTContext(self.keys, self.values, self.mask.repeat(1, 1, count, 1), self.position_ids.repeat(1, count))
+        anchors = None if self.anchors is None else self.anchors.repeat(1, count, 1)
+        mask, position_ids = self.mask.repeat(1, 1, count, 1), self.position_ids.repeat(1, count)
+        return EBTContext(self.keys, self.values, mask, position_ids, anchors)
 
 
 @dataclass

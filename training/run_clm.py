@@ -39,6 +39,7 @@ EBT_ONLY = (
     "step_size",
     "learn_step_size",
     "candidate_embedding",
+    "candidate_anchor",
     "candidate_init",
     "update",
 )
@@ -83,6 +84,9 @@ class ModelArguments:
     )
     candidate_embedding: str | None = field(
         default=None, metadata={"help": "Embedding of candidates: linear (a table of their own) or shared."}
+    )
+    candidate_anchor: str | None = field(
+        default=None, metadata={"help": "Added to candidates: none (the paper) or token (the last context token)."}
     )
     candidate_init: str | None = field(
         default=None, metadata={"help": "Where candidates start in training: normal (random) or zeros."}
