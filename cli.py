@@ -41,7 +41,7 @@ class DemoArguments:
     temperature: float = field(default=0.8, metadata={"help": "Temperature of the sampled text."})
     top_k: int = field(default=50, metadata={"help": "Sample from the so many likeliest tokens."})
     seed: int = field(default=0, metadata={"help": "Random seed of the sampled text."})
-    blocks: int = field(default=40, metadata={"help": "Held-out blocks to measure perplexity on; 0 means all."})
+    blocks: int = field(default=0, metadata={"help": "Held-out blocks to measure perplexity on; 0 means all."})
     output_dir: str = field(default="ebt_demo", metadata={"help": "Where the picture and the numbers go."})
 
 
@@ -216,15 +216,20 @@ def _train(argv: list[str]) -> int:
 class ConvertArguments:
     """Turns a checkpoint of the official code into a folder that from_pretrained() loads."""
 
+    tokenizer: str | None = field(
+        default=None,
+        metadata={"help": "Tokenizer to put beside the model: a folder or a Hub id. Default: the one it names."},
+    )
+
 
 def _convert(argv: list[str]) -> int:
-    positional = {"checkpoint": "Official checkpoint file (.ckpt).", "output": "Folder to write."}
-    _, given = _parse("convert", ConvertArguments, argv, positional)
+    positional = {"checkpoint": "Official checkpoint file (.ckpt).", "output": "Folder to write, new or empty."}
+    arguments, given = _parse("convert", ConvertArguments, argv, positional)
     if not Path(given.checkpoint).is_file():
         raise FileNotFoundError(f"There is no checkpoint file {given.checkpoint}.")
     from .modeling_ebt.conversion_ebt import convert_checkpoint
 
-    convert_checkpoint(given.checkpoint, given.output)
+    convert_checkpoint(given.checkpoint, given.output, tokenizer=arguments.tokenizer)
     print(f"Saved to {given.output}.")
     return 0
 

@@ -8,7 +8,8 @@ loss is read from the checkpoint's `results.json`.
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -62,6 +63,10 @@ class DemoReport:
     seconds: float = 0.0
 
 
+def _looks_like_path(source: str) -> bool:
+    return source.startswith((".", "/", "~")) or source.count("/") > 1 or "\\" in source
+
+
 def load_checkpoint(source: str | Path | None = None) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
     """
     Model (in evaluation mode) and tokenizer of a checkpoint.
@@ -79,6 +84,8 @@ def load_checkpoint(source: str | Path | None = None) -> tuple["PreTrainedModel"
         source = checkpoint_path()
         if not (source / "model.safetensors").is_file():
             raise FileNotFoundError(f"The embedded checkpoint has no weights in {source}. Give another with --model.")
+    elif _looks_like_path(str(source)) and not Path(source).is_dir():
+        raise FileNotFoundError(f"There is no checkpoint folder {source}.")
     import transformers
 
     from . import exports  # noqa: F401  registers the Auto classes
@@ -105,6 +112,22 @@ def held_out_blocks(tokenizer: "PreTrainedTokenizerBase", block_size: int, limit
     tokens = tokenize([shakespeare_splits()["test"]], tokenizer)
     blocks = PackedBlocks(tokens, block_size, keep_remainder=True)
     return [blocks[index] for index in range(min(limit or len(blocks), len(blocks)))], len(blocks)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """
+    Matrices of a small model are too small to share out: a second thread gains nothing, and loses a lot of time at
+    every operation where other programs keep the processor busy.
+    """
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _sample(
@@ -255,7 +278,7 @@ def run_demo(
     temperature: float = 0.8,
     top_k: int = 50,
     seed: int = 0,
-    blocks: int = 40,
+    blocks: int = 0,
     output_dir: str = "ebt_demo",
     say: Callable[[str], None] = print,
 ) -> DemoReport:
@@ -267,7 +290,7 @@ def run_demo(
         prompt (`str`, *optional*): what to continue.
         steps (sequence of `int`, *optional*): the numbers of thinking steps to compare.
         max_new_tokens, temperature, top_k, seed: of the sampled text.
-        blocks (`int`, *optional*, defaults to 40): blocks of the test split to measure on; 0 means all.
+        blocks (`int`, *optional*, defaults to 0): blocks of the test split to measure on; 0 means all.
         output_dir (`str`, *optional*): where the picture and the numbers go.
         say (`Callable`, *optional*): takes what is to be printed.
 
@@ -302,8 +325,9 @@ def run_demo(
     )
     report = DemoReport(prompt=prompt)
     sampling = {"do_sample": True, "temperature": temperature, "top_k": top_k, "max_new_tokens": max_new_tokens}
-    for count in tqdm(steps, desc="Generating", unit="text"):
-        report.samples.append(_sample(network, tokenizer, prompt, count, seed, **sampling))
+    with _one_thread():
+        for count in tqdm(steps, desc="Generating", unit="text"):
+            report.samples.append(_sample(network, tokenizer, prompt, count, seed, **sampling))
     for sample in report.samples:
         say(f"\n--- {sample.steps} thinking step{'s' if sample.steps > 1 else ''} " + "-" * 50)
         say(prompt + sample.text)
@@ -341,4 +365,4 @@ def run_demo(
     return report
 
 
-__all__ = ["DemoReport", "Sample", "draw_energies", "load_checkpoint", "run_demo", "held_out_blocks", "verdict"]
+__all__ = ["DemoReport", "Sample", "draw_energies", "held_out_blocks", "load_checkpoint", "run_demo", "verdict"]
