@@ -23,6 +23,7 @@ USER_ERRORS = (ValueError, TypeError, OSError, ImportError)
 USAGE_ERROR = 2
 INTERRUPTED = 130
 THINKING = "thinking_"
+DEFAULT_NEW_TOKENS = 100
 
 
 # ---- arguments -------------------------------------------------------------------------------------------------
@@ -52,7 +53,9 @@ class GenerateArguments:
     model: str | None = field(
         default=None, metadata={"help": "Checkpoint: a folder or a Hub id. Default: the embedded one."}
     )
-    max_new_tokens: int = field(default=100, metadata={"help": "How many tokens to generate at most."})
+    max_new_tokens: int | None = field(
+        default=None, metadata={"help": "How many tokens to generate at most. Default: 100, or what fits the context."}
+    )
     thinking_steps: int | None = field(
         default=None, metadata={"help": "Thinking steps per token. Default of this and the next: the checkpoint's."}
     )
@@ -122,7 +125,7 @@ def _demo(argv: list[str]) -> int:
 
 
 def _check_generate(arguments: GenerateArguments) -> None:
-    if arguments.max_new_tokens < 1:
+    if arguments.max_new_tokens is not None and arguments.max_new_tokens < 1:
         raise ValueError(f"--max_new_tokens must be at least 1, got {arguments.max_new_tokens}.")
     if arguments.stream and arguments.json:
         raise ValueError("--stream and --json contradict each other. Give one of them.")
@@ -149,11 +152,18 @@ def _generate(argv: list[str]) -> int:
     from transformers import TextStreamer
 
     from .demo import load_checkpoint
-    from .pipelines.text_generation import check_room, generate_with_energies
+    from .pipelines.text_generation import check_room, generate_with_energies, room_for
 
     model, tokenizer = load_checkpoint(arguments.model)
     model.to(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    options = {"max_new_tokens": arguments.max_new_tokens, "do_sample": arguments.sample}
+    text = prompt or tokenizer.bos_token
+    if not text:
+        raise ValueError("The prompt is empty and the tokenizer has no bos token to start from. Give some text.")
+    encoded = tokenizer(text, return_tensors="pt").to(model.device)
+    length = encoded["input_ids"].shape[1]
+    wanted = arguments.max_new_tokens or min(DEFAULT_NEW_TOKENS, max(1, room_for(model, length)))
+    check_room(model, length, wanted)
+    options: dict[str, Any] = {"max_new_tokens": wanted, "do_sample": arguments.sample}
     options |= {name: getattr(arguments, name) for name in ("temperature", "top_k", "top_p")}
     options = {name: value for name, value in options.items() if value is not None}
     options |= _thinking_options(arguments, model)
@@ -164,12 +174,6 @@ def _generate(argv: list[str]) -> int:
         (result,) = generate_with_energies(model, tokenizer, prompt, **options)
         record, text = result.to_dict(), result.text
     else:
-        text = prompt or tokenizer.bos_token
-        if not text:
-            raise ValueError("The prompt is empty and the tokenizer has no bos token to start from. Give some text.")
-        encoded = tokenizer(text, return_tensors="pt").to(model.device)
-        length = encoded["input_ids"].shape[1]
-        check_room(model, length, arguments.max_new_tokens)
         if tokenizer.pad_token_id is not None:
             options["pad_token_id"] = tokenizer.pad_token_id
         output = model.generate(**encoded, **options)

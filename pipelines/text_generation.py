@@ -1,5 +1,6 @@
 """Generated text together with the thinking behind every token."""
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -88,21 +89,27 @@ def _number_generated(tokens: list[int], end_ids: list[int], pad_token_id: int |
     return length
 
 
+def room_for(model: PreTrainedModel, prompt_length: int) -> int:
+    """How many tokens a model can add to a prompt; the last one is never context itself."""
+    longest = getattr(model.config, "max_position_embeddings", None)
+    return sys.maxsize if longest is None else longest - prompt_length + 1
+
+
 def check_room(model: PreTrainedModel, prompt_length: int, max_new_tokens: int) -> None:
     """
     Refuses, before any work is done, to generate past the longest context of a model.
 
     Args:
         model (`PreTrainedModel`): its `config.max_position_embeddings` counts.
-        prompt_length, max_new_tokens (`int`): the last new token is never context itself.
+        prompt_length, max_new_tokens (`int`): what is asked for.
 
     Raises:
         ValueError: if they do not fit, saying how many new tokens do.
     """
-    longest = getattr(model.config, "max_position_embeddings", None)
-    if longest is None or prompt_length + max_new_tokens - 1 <= longest:
+    room = room_for(model, prompt_length)
+    if max_new_tokens <= room:
         return
-    room = longest - prompt_length + 1
+    longest = model.config.max_position_embeddings
     advice = f"Ask for at most {room} new tokens" if room > 0 else "Shorten the prompt"
     raise ValueError(
         f"The prompt has {prompt_length} tokens and `max_new_tokens` is {max_new_tokens}, but the model's context "
@@ -199,4 +206,4 @@ def generate_with_energies(
     return results
 
 
-__all__ = ["ThoughtfulGeneration", "TokenThought", "check_room", "generate_with_energies"]
+__all__ = ["ThoughtfulGeneration", "TokenThought", "check_room", "generate_with_energies", "room_for"]
