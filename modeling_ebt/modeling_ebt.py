@@ -5,11 +5,13 @@ Shapes: ``B`` rows, ``S`` new context tokens, ``T`` positions thought about, ``M
 ``V`` vocabulary, ``D`` width, ``K`` landscapes or steps.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache
@@ -75,6 +77,13 @@ class EBTPreTrainedModel(PreTrainedModel):
     _supports_flash_attn = False
     _supports_flex_attn = False
     _supports_attention_backend = False
+
+    def _set_gradient_checkpointing(
+        self, enable: bool = True, gradient_checkpointing_func: Callable = checkpoint, **kwargs: Any
+    ) -> None:
+        # the reentrant kind refuses functions that take a gradient themselves, as every thinking step does
+        function = functools.partial(gradient_checkpointing_func, use_reentrant=False)
+        super()._set_gradient_checkpointing(enable, function, **kwargs)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -260,12 +269,15 @@ class EBTModel(EBTPreTrainedModel):
         all_weights: list[Tensor | None] = []
         need_hidden = need_hidden or output_hidden_states or output_attentions
 
-        def of_last_landscape(tensor: Tensor) -> Tensor:
-            return tensor.view(batch, num_landscapes, *tensor.shape[1:])[:, -1]
+        def reported(tensor: Tensor, tokens: int) -> Tensor:
+            """Of the last landscape, without the step token along dimension `tokens`."""
+            if num_landscapes > 1:
+                tensor = tensor.view(batch, num_landscapes, *tensor.shape[1:])[:, -1]
+            return tensor.narrow(tokens, steps, length) if steps else tensor
 
         for index, layer in enumerate(self.layers):
             if output_hidden_states:
-                all_hidden.append(of_last_landscape(hidden)[:, steps:])
+                all_hidden.append(reported(hidden, 1))
             extend = None
             if past_key_values is not None:
                 extend = self._cache_extension(past_key_values, index, batch, num_landscapes)
@@ -277,11 +289,11 @@ class EBTModel(EBTPreTrainedModel):
             keys.append(key.view(batch, num_landscapes, *key.shape[1:]))
             values.append(value.view(batch, num_landscapes, *value.shape[1:]))
             if output_attentions and weights is not None:
-                all_weights.append(of_last_landscape(weights))
+                all_weights.append(reported(weights, 2))
 
         last = None
         if need_hidden:
-            last = self.norm(of_last_landscape(hidden)[:, steps:])
+            last = self.norm(reported(hidden, 1))
             if output_hidden_states:
                 all_hidden.append(last)
         return EBTModelOutputWithPast(

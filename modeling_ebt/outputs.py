@@ -56,7 +56,8 @@ class EBTModelOutputWithPast(ModelOutput):
         energies (`torch.FloatTensor` of shape `(B, N)`, *optional*): energies of the candidates, in float32.
         past_key_values (`Cache`, *optional*): keys and values of the context, the landscapes side by side as heads.
         hidden_states (`tuple` of `(B, S, D)`, *optional*): context stream on its last landscape, embeddings first.
-        attentions (`tuple` of `(B, H, S, C)`, *optional*): context attention on its last landscape (eager only).
+        attentions (`tuple` of `(B, H, S, C)`, *optional*):
+            Context attention on its last landscape (eager only), the column of a step token in front included.
         context ([`EBTContext`], *optional*): what candidates attend to; pass it back to score candidates.
     """
 
@@ -85,7 +86,8 @@ class EBTCausalLMOutputWithPast(ModelOutput):
             mode.
         past_key_values (`Cache`, *optional*): keys and values of the context, the landscapes side by side as heads.
         hidden_states (`tuple` of `(B, S, D)`, *optional*): context stream on its last landscape, embeddings first.
-        attentions (`tuple` of `(B, H, S, C)`, *optional*): context attention on its last landscape (eager only).
+        attentions (`tuple` of `(B, H, S, C)`, *optional*):
+            Context attention on its last landscape (eager only), the column of a step token in front included.
     """
 
     loss: torch.FloatTensor | None = None
