@@ -6,6 +6,7 @@ Nothing heavy is imported before a sub-command needs it, so that help answers at
 
 import difflib
 import json
+import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -300,6 +301,12 @@ def _usage() -> str:
 
 
 def _run(name: str, argv: list[str]) -> int:
+    if name in ("", "-h", "--help"):
+        print(_usage())
+        return 0 if name else USAGE_ERROR
+    if name == "--version":
+        print(__version__)
+        return 0
     if name not in COMMANDS:
         raise ValueError(f"Unknown command {name!r}.{_nearest(name, list(COMMANDS))} `ebt --help` lists all.")
     return COMMANDS[name].run(argv)
@@ -319,22 +326,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug = False
     while rest and rest[0] == "--debug":
         debug, rest = True, rest[1:]
-    if not rest or rest[0] in ("-h", "--help"):
-        print(_usage())
-        return 0 if rest else USAGE_ERROR
-    if rest[0] == "--version":
-        print(__version__)
-        return 0
-    name, rest = rest[0], rest[1:]
+    name, rest = (rest[0], rest[1:]) if rest else ("", [])
     if name in COMMANDS and not COMMANDS[name].own_debug and "--debug" in rest:
         debug, rest = True, [word for word in rest if word != "--debug"]
     try:
-        return _run(name, rest)
+        status = _run(name, rest)
+        sys.stdout.flush()  # here, where a reader who has gone away can still be noticed
+        return status
     except KeyboardInterrupt:
         print("\nebt: interrupted", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:  # the reader (head, less) has seen enough
-        sys.stdout = None  # type: ignore[assignment]
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except SystemExit as leaving:
         if not isinstance(leaving.code, str):
