@@ -260,10 +260,20 @@ TRAINING_FLAGS: dict[str, Any] = {
     "mcmc_replay_buffer_sample_bs_percent": 0.5,
 }
 
+# config fields without an official flag that do not change what the trained model is
+NOT_IN_A_CHECKPOINT = (
+    *("pad_token_id", "bos_token_id", "eos_token_id", "use_cache", "initializer_range", "pretraining_tp"),
+    *("thinking_candidates", "thinking_tolerance", "thinking_accept_only_lower_energy"),
+)
+
 
 def _refuse(flag: str, value: Any, allowed: Any) -> None:
     allowed = ", ".join(repr(item) for item in allowed)
     raise ValueError(f"The official option `{flag}={value!r}` is not supported here. Allowed: {allowed}.")
+
+
+def _refuse_field(name: str, value: Any, allowed: str) -> None:
+    raise ValueError(f"The official code has nothing for `{name}={value!r}`; it must be {allowed}.")
 
 
 def _value(hparams: Mapping[str, Any], flag: str, default: Any = _REQUIRED) -> Any:
@@ -346,52 +356,39 @@ def config_to_official(config: Config) -> dict[str, Any]:
     Raises:
         ValueError: for a field the official code has nothing for, naming it.
     """
-    expected: dict[str, Any] = {
-        "num_key_value_heads": config.num_attention_heads,
-        "head_dim": config.hidden_size // config.num_attention_heads,
-        "rms_norm_eps": RMS_NORM_EPS,
-        "rope_parameters": {"rope_type": "default", "rope_theta": ROPE_THETA},
-    }
     is_ebt = isinstance(config, EBTConfig)
-    if is_ebt:
-        expected["update"] = "replace"
-    if not is_ebt:
-        expected.update(tie_word_embeddings=False, attention_bias=False, mlp_bias=False)
-    if not is_ebt or config.step_conditioning != "time_embed":
-        expected["hidden_act"] = "silu"
-    for name, value in expected.items():
-        if getattr(config, name) != value:
-            raise ValueError(
-                f"The official code has nothing for `{name}={getattr(config, name)!r}`; it must be {value!r}."
-            )
     hparams: dict[str, Any] = {"modality": CARRIED_MODALITY, "model_name": EBT if is_ebt else TWIN}
-    hparams["ffn_dim_multiplier"] = _multiplier(config.hidden_size, config.intermediate_size)
+    hparams["ffn_dim_multiplier"] = _multiplier(config.hidden_size, config.intermediate_size or config.hidden_size)
     for row in (*SHAPE_FLAGS, *(FLAGS if is_ebt else ())):
         value = getattr(config, row.field)
-        back = None if row.values is None else {ours: official for official, ours in row.values.items()}
-        hparams[row.flag] = value if back is None else back[value]
-    if not is_ebt:
-        return hparams
-    if config.hidden_act not in LIMITS["ebt_act_func"][0]:
-        raise ValueError(
-            f"The official code has nothing for `hidden_act={config.hidden_act!r}`; it must be one of "
-            f"{', '.join(LIMITS['ebt_act_func'][0])}."
-        )
-    hparams.update({flag: values[0] for flag, (values, _, _) in LIMITS.items()})
-    hparams["ebt_act_func"] = config.hidden_act
-    training = {**TRAINING_FLAGS, **getattr(config, "official_training", {})}
-    steps = config.num_landscapes if config.thinking_steps is None else config.thinking_steps
-    if config.step_conditioning == "none":
-        hparams["mcmc_num_steps"] = steps - training["randomize_mcmc_num_steps"]
-    elif steps < config.num_landscapes:
-        raise ValueError(
-            f"The official code has nothing for `thinking_steps={steps}` below `num_landscapes="
-            f"{config.num_landscapes}`; it takes at least one step on each landscape."
-        )
-    else:
-        hparams["mcmc_num_steps"] = config.num_landscapes
-        training["randomize_mcmc_num_steps"] = steps - config.num_landscapes
-    return {**hparams, **training}
+        if row.values is not None:
+            back = {ours: official for official, ours in row.values.items()}
+            if value not in back:
+                _refuse_field(row.field, value, f"one of {', '.join(map(repr, back))}")
+            value = back[value]
+        hparams[row.flag] = value
+    if is_ebt:
+        hparams.update({flag: values[0] for flag, (values, _, _) in LIMITS.items()})
+        if config.hidden_act in LIMITS["ebt_act_func"][0]:
+            hparams["ebt_act_func"] = config.hidden_act
+        training = {**TRAINING_FLAGS, **getattr(config, "official_training", {})}
+        steps = config.default_thinking().steps or 1  # it always says
+        if config.step_conditioning == "none":
+            hparams["mcmc_num_steps"] = steps - training["randomize_mcmc_num_steps"]
+        else:
+            hparams["mcmc_num_steps"] = config.num_landscapes
+            training["randomize_mcmc_num_steps"] = max(steps - config.num_landscapes, 0)
+        hparams.update(training)
+
+    # what does not come back the same has no place in the flags
+    again = config_from_official(hparams, vocab_size=config.vocab_size)
+    for name in type(config).__annotations__:
+        ours, theirs = getattr(config, name), getattr(again, name)
+        if name == "thinking_steps":
+            ours, theirs = config.default_thinking().steps, again.default_thinking().steps
+        if ours != theirs and name not in NOT_IN_A_CHECKPOINT:
+            _refuse_field(name, ours, repr(theirs))
+    return hparams
 
 
 # ---- models ----------------------------------------------------------------------------------------------------

@@ -447,6 +447,7 @@ def test_prefixes_of_lightning_and_torch_compile_are_taken_off(
     ("overrides", "named"),
     [
         ({"update": "residual"}, "update='residual'"),
+        ({"candidate_anchor": "token"}, "candidate_anchor='token'"),
         ({"num_key_value_heads": 2}, "num_key_value_heads=2"),
         ({"rms_norm_eps": 1e-6}, "rms_norm_eps=1e-06"),
         ({"hidden_act": "tanh"}, "hidden_act='tanh'"),
