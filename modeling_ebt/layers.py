@@ -42,7 +42,7 @@ class EBTModulation(nn.Linear):
         super().__init__(width, parts * width)
         self.parts = parts
 
-    def forward(self, condition: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, condition: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
         """Step embedding (B or 1, D) -> `parts` tensors (B or 1, 1, D)."""
         return super().forward(nn.functional.silu(condition)).unsqueeze(1).chunk(self.parts, dim=-1)
 

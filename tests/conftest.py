@@ -110,6 +110,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "update": "residual",
     },
     "adaln_zero-linear-replace-gqa": {"step_conditioning": "adaln_zero"},
+    "time_embed-linear-residual-anchored": {"candidate_anchor": "token", "update": "residual"},
+    "none-shared-replace-anchored": {
+        "step_conditioning": "none",
+        "num_landscapes": 1,
+        "thinking_steps": 2,
+        "candidate_embedding": "shared",
+        "candidate_anchor": "token",
+    },
 }
 
 

@@ -47,6 +47,8 @@ def naive_rotate(heads: Tensor) -> Tensor:
 def naive_energy(model: EBTForCausalLM, context: Tensor, candidate: Tensor, landscape: int) -> Tensor:
     """One energy: a plain causal transformer over context tokens (S,) and one embedded candidate (D,) behind them."""
     body, config = model.model, model.config
+    if config.candidate_anchor == "token":
+        candidate = candidate + body.embed_tokens.weight[context[-1]]
     condition, adaptive = None, config.step_conditioning in ("adaln", "adaln_zero")
     hidden = torch.cat([body.embed_tokens.weight[context], candidate[None]])
     if config.step_conditioning == "time_embed":
@@ -412,7 +414,7 @@ def test_steps_beyond_the_landscapes_repeat_the_last(make_model: MakeModel) -> N
 
 
 def test_scaling_the_step_size_is_another_step_size(any_model: EBTForCausalLM) -> None:
-    ids, own = tokens(2, 4), float(any_model.step_size.value)
+    ids, own = tokens(2, 4), any_model.step_size.value.item()
     with torch.no_grad():
         doubled = any_model(input_ids=ids, thinking_step_size=2 * own).logits
         assert_close(any_model(input_ids=ids, thinking_step_size_scale=2.0).logits, doubled, **CLOSE)

@@ -262,6 +262,7 @@ def test_bfloat16_autocast_keeps_the_state_and_energies_in_float32(any_model: EB
 # ------------------------------------------------------------------------------------------------------------ training
 
 
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")  # its new name is newer than 5.10
 @pytest.mark.parametrize("reentrant", [None, False, True])
 @pytest.mark.parametrize("recipe", ["s1", "s2"])
 def test_gradient_checkpointing_changes_no_loss_and_no_gradient(
@@ -578,6 +579,12 @@ def test_bad_input_raises_a_value_error_that_names_it(make_model: MakeModel, cas
     inputs, message = BAD_INPUTS[case]
     with torch.no_grad(), pytest.raises(ValueError, match=rf"(?s){message}"):
         make_model()(**inputs)
+
+
+def test_the_base_model_refuses_a_landscape_its_context_was_not_made_for(make_model: MakeModel) -> None:
+    base, ids = make_model(num_landscapes=3).model, tokens(1, 4)
+    with torch.no_grad(), pytest.raises(ValueError, match="between 0 and 1 for this context, got 2"):
+        base(ids, candidate_embeds=torch.zeros(1, 4, 16), landscape=2, num_landscapes=2)
 
 
 def test_a_context_grown_too_long_by_its_cache_raises(make_model: MakeModel) -> None:

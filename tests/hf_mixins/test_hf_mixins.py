@@ -127,8 +127,9 @@ class UnconditionedTest(EBTCommonTests, unittest.TestCase):
 
 
 class StepTokenTest(EBTCommonTests, unittest.TestCase):
-    """A learned token in front of the context."""
+    """A learned token in front of the context, anchored candidates."""
 
+    variant = {"candidate_anchor": "token"}
     not_applicable = {
         "test_attention_outputs": "attention has one more column, that of the step token",
         "test_retain_grad_hidden_states_attentions": "hidden states are reported without the step token: a slice",
