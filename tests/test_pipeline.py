@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from torch import Tensor
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase, TextStreamer, pipeline
 from transformers.pipelines import TextGenerationPipeline
@@ -17,6 +19,11 @@ from ebt_transformers.assets import checkpoint_path
 
 PROMPTS = ["ROMEO:", "What light through yonder window", "O"]
 GREEDY: dict[str, Any] = {"do_sample": False, "max_new_tokens": 5, "return_full_text": False}
+
+# checked: 5.17 hands other outputs than the tokens on by prompt, and not at all for a batch; 5.23 by sequence
+outputs_by_sequence = pytest.mark.skipif(
+    Version(transformers.__version__) < Version("5.23"), reason="this transformers mixes up the outputs of sequences"
+)
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +111,7 @@ def test_the_text_is_that_of_generate(model: EBTForCausalLM, tokenizer: PreTrain
     assert record["generated_text"] == tokenizer.decode(new, skip_special_tokens=True)
 
 
+@outputs_by_sequence
 @pytest.mark.parametrize("returned", [1, 2])
 def test_energies_come_with_the_text_on_request(
     model: EBTForCausalLM, tokenizer: PreTrainedTokenizerBase, returned: int
@@ -117,6 +125,7 @@ def test_energies_come_with_the_text_on_request(
         assert torch.as_tensor(record["steps_taken"]).tolist() == [3] * 5
 
 
+@outputs_by_sequence
 def test_energies_of_a_batch_are_those_of_each_prompt(
     model: EBTForCausalLM, tokenizer: PreTrainedTokenizerBase
 ) -> None:
