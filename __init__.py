@@ -8,18 +8,34 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
+# public names that need more than a model does; imported when they are first used
+_LATER = {
+    "EBTTrainer": ".training",
+    "EBTTrainingArguments": ".training",
+    "generate_with_energies": ".pipelines",
+    "model_from_official": ".modeling_ebt.conversion_ebt",
+    "model_to_official": ".modeling_ebt.conversion_ebt",
+    "perplexity_by_steps": ".pipelines",
+}
+
 
 def _is_console_script() -> bool:
     return os.path.basename(getattr(sys, "argv", [""])[0]) in ("ebt", "ebt.exe")
 
 
 def __getattr__(name: str) -> Any:
-    # reached under the console script only: there, the first use of a public name imports and registers everything
+    if name in _LATER:
+        return getattr(import_module(_LATER[name], __name__), name)
+    # under the console script the other names wait, too, until somebody uses one; that registers everything
     if not name.startswith("_"):
         exports = import_module(".exports", __name__)
         if name in exports.__all__:
             return getattr(exports, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LATER})
 
 
 # `ebt --help` has to answer before torch is imported; everybody else gets the Auto classes with the import

@@ -144,7 +144,7 @@ class EBTConfig(PreTrainedConfig):
             self.intermediate_size = self.hidden_size
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
-        if self.head_dim is None and self.num_attention_heads > 0:
+        if self.head_dim is None and self.num_attention_heads > 0 and self.hidden_size % self.num_attention_heads == 0:
             self.head_dim = self.hidden_size // self.num_attention_heads
         if self.tie_word_embeddings is None:
             self.tie_word_embeddings = self.candidate_embedding == "shared"
@@ -166,20 +166,20 @@ class EBTConfig(PreTrainedConfig):
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"`{name}` must be one of {', '.join(allowed)}, got {getattr(self, name)!r}.")
-        if self.hidden_size % self.num_attention_heads and self.head_dim is None:
+        if self.head_dim is None:
             raise ValueError(
                 f"`hidden_size` ({self.hidden_size}) must be a multiple of `num_attention_heads` "
-                f"({self.num_attention_heads})."
+                f"({self.num_attention_heads}), unless `head_dim` is given."
             )
-        if self.head_dim < 2 or self.head_dim % 2:
+        if self.head_width < 2 or self.head_width % 2:
             raise ValueError(
-                f"The head width must be even and at least 2 for rotary positions, got {self.head_dim} "
+                f"The head width must be even and at least 2 for rotary positions, got {self.head_width} "
                 f"(`hidden_size` {self.hidden_size} / `num_attention_heads` {self.num_attention_heads})."
             )
-        if self.num_attention_heads % self.num_key_value_heads:
+        if self.num_attention_heads % self.key_value_heads:
             raise ValueError(
                 f"`num_attention_heads` ({self.num_attention_heads}) must be a multiple of `num_key_value_heads` "
-                f"({self.num_key_value_heads})."
+                f"({self.key_value_heads})."
             )
         if self.step_conditioning == "none" and self.num_landscapes != 1:
             raise ValueError(
@@ -196,6 +196,21 @@ class EBTConfig(PreTrainedConfig):
             if not math.isfinite(value) or value < 0 or (value == 0 and lowest == "above 0"):
                 raise ValueError(f"`{name}` must be finite and {lowest}, got {value}.")
         self.default_thinking()  # raises for bad thinking defaults
+
+    @property
+    def feed_forward_width(self) -> int:
+        """Width of the feed-forward layers, known even where `intermediate_size` was left out."""
+        return self.hidden_size if self.intermediate_size is None else self.intermediate_size
+
+    @property
+    def key_value_heads(self) -> int:
+        """Number of key/value heads, known even where `num_key_value_heads` was left out."""
+        return self.num_attention_heads if self.num_key_value_heads is None else self.num_key_value_heads
+
+    @property
+    def head_width(self) -> int:
+        """Width of a head [d], known even where `head_dim` was left out."""
+        return self.hidden_size // self.num_attention_heads if self.head_dim is None else self.head_dim
 
     def default_thinking(self) -> ThinkingConfig:
         """The thinking a call gets when it says nothing."""

@@ -145,8 +145,7 @@ def descend(
         raise ValueError(f"`graph_on_steps` must be none, last or all, got {graph_on_steps!r}.")
 
     energies: list[Tensor] = []
-    active: Tensor | None = None
-    taken: Tensor | None = None
+    moves: list[Tensor] = []
     after: Tensor | None = None
     for index, step in enumerate(schedule):
         create_graph = graph_on_steps == "all" or (graph_on_steps == "last" and index == len(schedule) - 1)
@@ -164,9 +163,8 @@ def descend(
 
         proposal, value = move(start) if checkpoint is None or not create_graph else checkpoint(move, start)
 
-        if active is None:
+        if index == 0:
             active = torch.ones_like(value, dtype=torch.bool)
-            taken = torch.zeros_like(value, dtype=torch.long)
         elif tolerance is not None:
             # a row that stopped earlier repeats its last energy; one that stops now reports that of the state it keeps
             previous = energies[-1]
@@ -192,7 +190,7 @@ def descend(
         if accept_only_lower_energy or tolerance is not None:
             proposal = torch.where(_over_state(moved, state), proposal, state)
         state = proposal
-        taken = taken + moved
+        moves.append(moved)
         if on_step is not None:
             on_step(index, state, value)
 
@@ -202,7 +200,7 @@ def descend(
             with torch.no_grad():
                 after = energy(space.embed(space.point(state)), schedule[-1].landscape)
         energies.append(after)
-    return DescentOutput(state=state, energies=energies, steps_taken=taken)
+    return DescentOutput(state=state, energies=energies, steps_taken=torch.stack(moves).sum(0))
 
 
 __all__ = ["CandidateSpace", "DescentOutput", "DescentStep", "descend", "energy_and_gradient", "standard_normal"]

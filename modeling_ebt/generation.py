@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.generation import GenerationMixin
 from transformers.generation.stopping_criteria import StoppingCriteriaList
 from transformers.generation.utils import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyOutput
 
@@ -23,16 +24,16 @@ class EBTGenerateOutput(GenerateDecoderOnlyOutput):
         steps_taken (`torch.LongTensor` of shape `(B, new)`): steps that moved it.
     """
 
-    energies: torch.FloatTensor | None = None
-    steps_taken: torch.LongTensor | None = None
+    energies: Tensor | None = None
+    steps_taken: Tensor | None = None
 
 
 @dataclass
 class EBTGenerateBeamOutput(GenerateBeamDecoderOnlyOutput):
     """As [`EBTGenerateOutput`], for beam search: energies along each returned beam, NaN after its end."""
 
-    energies: torch.FloatTensor | None = None
-    steps_taken: torch.LongTensor | None = None
+    energies: Tensor | None = None
+    steps_taken: Tensor | None = None
 
 
 @dataclass
@@ -59,7 +60,7 @@ class _TracedCriteria(StoppingCriteriaList):
         return ended
 
 
-class EBTGenerationMixin:
+class EBTGenerationMixin(GenerationMixin):
     """What an energy-based model adds to [`GenerationMixin`]; every decoding mode is still transformers' own."""
 
     def generate(self, *args: Any, output_energies: bool | None = None, **kwargs: Any) -> Any:

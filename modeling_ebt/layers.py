@@ -22,9 +22,25 @@ from transformers.models.llama.modeling_llama import (
 from .configuration_ebt import EBTConfig
 
 
+MIN_STEP_SIZE = 1e-4  # the official code clamps the learned step size here
+
+
 def modulate(hidden: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """Scale and shift of a normed activation, as in DiT."""
     return hidden * (1 + scale) + shift
+
+
+class EBTStepSize(nn.Module):
+    """The step size [alpha]; a module of its own so that adapters and optimizers can address it."""
+
+    def __init__(self, config: EBTConfig) -> None:
+        super().__init__()
+        # shape (1,), because sharded training takes no scalar parameters
+        self.value = nn.Parameter(torch.full((1,), float(config.step_size)), requires_grad=config.learn_step_size)
+
+    def forward(self) -> Tensor:
+        """The step size (1,), at least 1e-4, in float32."""
+        return self.value.float().clamp(min=MIN_STEP_SIZE)
 
 
 class EBTModulation(nn.Linear):
@@ -99,26 +115,26 @@ class EBTAttention(nn.Module):
         super().__init__()
         self.config = config
         self.layer_idx = layer_idx
-        self.head_dim = config.head_dim
-        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
-        self.scaling = self.head_dim**-0.5
+        heads, kv_heads, width = config.num_attention_heads, config.key_value_heads, config.head_width
+        self.head_dim = width
+        self.num_key_value_groups = heads // kv_heads
+        self.scaling = width**-0.5
         self.is_causal = True
-        self.q_proj = nn.Linear(config.hidden_size, config.num_attention_heads * self.head_dim, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * self.head_dim, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * self.head_dim, bias=False)
-        self.o_proj = nn.Linear(config.num_attention_heads * self.head_dim, config.hidden_size, bias=False)
+        self.q_proj = nn.Linear(config.hidden_size, heads * width, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, kv_heads * width, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, kv_heads * width, bias=False)
+        self.o_proj = nn.Linear(heads * width, config.hidden_size, bias=False)
 
     def _heads(self, projected: Tensor) -> Tensor:
         return projected.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
     def project(
         self, hidden: Tensor, position_embeddings: tuple[Tensor, Tensor], with_query: bool = True
-    ) -> tuple[Tensor | None, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Query (B, H, S, d), key and value (B, H_kv, S, d), rotated to their positions."""
         key, value = self._heads(self.k_proj(hidden)), self._heads(self.v_proj(hidden))
-        if not with_query:
-            return None, apply_rotary_pos_emb(key, key, *position_embeddings)[0], value
-        query, key = apply_rotary_pos_emb(self._heads(self.q_proj(hidden)), key, *position_embeddings)
+        query = self._heads(self.q_proj(hidden)) if with_query else key
+        query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
         return query, key, value
 
     def attend_context(
@@ -142,9 +158,10 @@ class EBTMLP(nn.Module):
 
     def __init__(self, config: EBTConfig) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        width, inner = config.hidden_size, config.feed_forward_width
+        self.gate_proj = nn.Linear(width, inner, bias=False)
+        self.up_proj = nn.Linear(width, inner, bias=False)
+        self.down_proj = nn.Linear(inner, width, bias=False)
         self.act_fn = ACT2FN[config.hidden_act]
 
     def forward(self, hidden: Tensor) -> Tensor:

@@ -46,10 +46,10 @@ class StepLosses:
 
     def labelled(self, shape: torch.Size) -> Tensor | None:
         """Which positions have a label, (B, T); None when the logits cover other positions than the labels."""
-        labels = self.kwargs.get("shift_labels")
-        if labels is None:
+        labels: Tensor | None = self.kwargs.get("shift_labels")
+        if labels is None and self.labels is not None:
             labels = F.pad(self.labels, (0, 1), value=-100)[..., 1:]
-        return (labels != -100) if labels.shape == shape else None
+        return (labels != -100) if labels is not None and labels.shape == shape else None
 
 
 __all__ = ["StepLosses"]

@@ -27,6 +27,11 @@ class EBTContext:
     anchors: torch.Tensor | None = None
 
     @property
+    def batch_size(self) -> int:
+        """Rows."""
+        return self.keys[0].shape[0]
+
+    @property
     def num_landscapes(self) -> int:
         """Landscapes this context was computed for."""
         return self.keys[0].shape[1]
@@ -61,11 +66,11 @@ class EBTModelOutputWithPast(ModelOutput):
         context ([`EBTContext`], *optional*): what candidates attend to; pass it back to score candidates.
     """
 
-    last_hidden_state: torch.FloatTensor | None = None
-    energies: torch.FloatTensor | None = None
+    last_hidden_state: torch.Tensor | None = None
+    energies: torch.Tensor | None = None
     past_key_values: Cache | None = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    attentions: tuple[torch.FloatTensor, ...] | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
     context: EBTContext | None = None
 
 
@@ -90,15 +95,15 @@ class EBTCausalLMOutputWithPast(ModelOutput):
             Context attention on its last landscape (eager only), the column of a step token in front included.
     """
 
-    loss: torch.FloatTensor | None = None
-    logits: torch.FloatTensor | None = None
-    energies: torch.FloatTensor | None = None
-    steps_taken: torch.LongTensor | None = None
-    step_losses: torch.FloatTensor | None = None
-    mean_energies: torch.FloatTensor | None = None
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    energies: torch.Tensor | None = None
+    steps_taken: torch.Tensor | None = None
+    step_losses: torch.Tensor | None = None
+    mean_energies: torch.Tensor | None = None
     past_key_values: Cache | None = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    attentions: tuple[torch.FloatTensor, ...] | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
 
 
 __all__ = ["EBTCausalLMOutputWithPast", "EBTContext", "EBTModelOutputWithPast"]

@@ -1,5 +1,6 @@
 """From thinking options to a schedule of descent steps, and from several descended candidates to one."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,14 +11,46 @@ from .descent import DescentOutput, DescentStep
 from .thinking_ebt import ThinkingConfig
 
 
+@dataclass(frozen=True)
+class Thinking:
+    """
+    A [`ThinkingConfig`] with everything decided: what one call does.
+
+    Args:
+        landscapes (`list[int]`): of every step.
+        scales (`list[float]`): factor on the step size of every step.
+        noises (`list[float]`): noise before every step.
+        step_size (`float`, *optional*): instead of the model's own.
+        candidates, selection, accept_only_lower_energy, tolerance, init, seed: as in [`ThinkingConfig`].
+    """
+
+    landscapes: list[int]
+    scales: list[float]
+    noises: list[float]
+    step_size: float | None
+    candidates: int
+    selection: str
+    accept_only_lower_energy: bool
+    tolerance: float | None
+    init: str
+    seed: int
+
+
 def resolve_thinking(
     config: EBTConfig, thinking: ThinkingConfig | dict[str, Any] | None, flat: dict[str, Any], training: bool
-) -> ThinkingConfig:
+) -> Thinking:
     """
     This call's options over the config's defaults. In training there is one candidate, and torch's own randomness.
 
+    Args:
+        config ([`EBTConfig`]): gives the defaults and the number of landscapes.
+        thinking ([`ThinkingConfig`] or `dict`, *optional*): options of the call.
+        flat (`dict`): options of the call under their flat names; they win.
+        training (`bool`): whether the model is in training mode.
+
     Raises:
-        ValueError: for unknown options, values out of range, and evaluation-only options in training.
+        ValueError: for unknown options, values out of range, evaluation-only options in training, a landscape the
+            model does not have, and a list of scales of the wrong length.
     """
     called = ThinkingConfig.from_value({name: value for name, value in flat.items() if value is not None})
     called = called.merged_over(ThinkingConfig.from_value(thinking))
@@ -28,49 +61,53 @@ def resolve_thinking(
                 "Several candidates, a tolerance and `accept_only_lower_energy` are for evaluation: call "
                 "`model.eval()` first."
             )
-        init = "normal" if config.candidate_init == "normal" else "mean"
-        trained = ThinkingConfig(candidates=1, accept_only_lower_energy=False, init=init, seed=-1)
-        inherited = ThinkingConfig(
+        defaults = ThinkingConfig(
             steps=defaults.steps,
-            selection=defaults.selection,
-            step_size_scale=defaults.step_size_scale,
             noise_std=defaults.noise_std,
-            noise_first_step_only=defaults.noise_first_step_only,
+            init="normal" if config.candidate_init == "normal" else "mean",
+            seed=-1,
         )
-        defaults = trained.merged_over(inherited)
-    return called.merged_over(defaults)
+    wanted = called.merged_over(defaults)
+
+    last = config.num_landscapes - 1
+    landscapes = wanted.landscapes or [min(index, last) for index in range(wanted.steps or config.num_landscapes)]
+    if max(landscapes) > last:
+        raise ValueError(f"`thinking_landscapes` must be between 0 and {last} for this model, got {landscapes}.")
+    steps = len(landscapes)
+    scale = wanted.step_size_scale
+    scales = list(scale) if isinstance(scale, (list, tuple)) else [1.0 if scale is None else scale] * steps
+    if len(scales) != steps:
+        raise ValueError(
+            f"`thinking_step_size_scale` must be a number, or one number for each of the {steps} steps, got "
+            f"{len(scales)} numbers."
+        )
+    noise = float(wanted.noise_std or 0.0)
+    return Thinking(
+        landscapes=list(landscapes),
+        scales=scales,
+        noises=[noise] + [0.0 if wanted.noise_first_step_only else noise] * (steps - 1),
+        step_size=None if wanted.step_size is None else float(wanted.step_size),
+        candidates=wanted.candidates or 1,
+        selection=wanted.selection or "min_energy",
+        accept_only_lower_energy=bool(wanted.accept_only_lower_energy),
+        tolerance=wanted.tolerance,
+        init=wanted.init or "mean",
+        seed=0 if wanted.seed is None else wanted.seed,
+    )
 
 
-def make_schedule(config: EBTConfig, thinking: ThinkingConfig, step_size: Tensor) -> list[DescentStep]:
+def make_schedule(thinking: Thinking, step_size: Tensor) -> list[DescentStep]:
     """
     One [`DescentStep`] for every thinking step.
 
     Args:
-        config ([`EBTConfig`]): gives the number of landscapes.
-        thinking ([`ThinkingConfig`]): fully resolved options.
+        thinking ([`Thinking`]): what the call does.
         step_size (`Tensor` of shape `(1,)`): the model's own step size [alpha].
-
-    Raises:
-        ValueError: for a landscape the model does not have, or a list of scales of the wrong length.
     """
-    last = config.num_landscapes - 1
-    landscapes = thinking.landscapes or [min(index, last) for index in range(thinking.steps)]
-    if max(landscapes) > last:
-        raise ValueError(f"`thinking_landscapes` must be between 0 and {last} for this model, got {landscapes}.")
-    scale = thinking.step_size_scale
-    scales = list(scale) if isinstance(scale, (list, tuple)) else [scale] * len(landscapes)
-    if len(scales) != len(landscapes):
-        raise ValueError(
-            f"`thinking_step_size_scale` must be a number, or one number for each of the {len(landscapes)} steps, got "
-            f"{len(scales)} numbers."
-        )
-    size = step_size if thinking.step_size is None else float(thinking.step_size)
-    noises = [thinking.noise_std] * len(landscapes)
-    if thinking.noise_first_step_only:
-        noises[1:] = [0.0] * (len(landscapes) - 1)
+    size = step_size if thinking.step_size is None else thinking.step_size
     return [
         DescentStep(landscape, size if factor == 1 else size * factor, noise)
-        for landscape, factor, noise in zip(landscapes, scales, noises, strict=True)
+        for landscape, factor, noise in zip(thinking.landscapes, thinking.scales, thinking.noises, strict=True)
     ]
 
 
@@ -108,11 +145,11 @@ def select_candidate(result: DescentOutput, selection: str, candidates: int) -> 
     )
 
 
-def random_generator(thinking: ThinkingConfig, device: torch.device, offset: int = 0) -> torch.Generator | None:
+def random_generator(thinking: Thinking, device: torch.device, offset: int = 0) -> torch.Generator | None:
     """A generator for this call, `None` (torch's global one) for seed -1; `offset` tells a text's tokens apart."""
     if thinking.seed == -1:
         return None
     return torch.Generator(device).manual_seed(thinking.seed * 1_000_003 + offset)
 
 
-__all__ = ["make_schedule", "random_generator", "resolve_thinking", "select_candidate"]
+__all__ = ["Thinking", "make_schedule", "random_generator", "resolve_thinking", "select_candidate"]

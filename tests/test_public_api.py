@@ -25,6 +25,28 @@ PROMISED = {
 }
 
 
+# promised too, but imported on first use
+LATER = {
+    "EBTTrainer",
+    "EBTTrainingArguments",
+    "generate_with_energies",
+    "model_from_official",
+    "model_to_official",
+    "perplexity_by_steps",
+}
+
+
+@pytest.mark.parametrize("name", sorted(LATER))
+def test_names_imported_on_first_use_are_there_and_documented(name: str) -> None:
+    assert name in dir(ebt_transformers)
+    assert inspect.getdoc(getattr(ebt_transformers, name))
+
+
+def test_an_unknown_name_raises() -> None:
+    with pytest.raises(AttributeError, match="EBTTrainr"):
+        _ = ebt_transformers.EBTTrainr
+
+
 def test_promised_names_are_there() -> None:
     assert set(ebt_transformers.__all__) >= PROMISED
     assert ebt_transformers.__version__
