@@ -104,12 +104,14 @@ def load_checkpoint(source: str | Path | None = None) -> tuple["PreTrainedModel"
     return model, tokenizer
 
 
-def held_out_blocks(tokenizer: "PreTrainedTokenizerBase", block_size: int, limit: int | None) -> tuple[list[Any], int]:
-    """Blocks of the embedded text's test split, cut as in training; also how many there are without `limit`."""
+def held_out_blocks(
+    tokenizer: "PreTrainedTokenizerBase", block_size: int, limit: int | None = None, split: str = "test"
+) -> tuple[list[Any], int]:
+    """Blocks of a split of the embedded text, cut as in training; also how many there are without `limit`."""
     from .assets import shakespeare_splits
     from .training.data import PackedBlocks, tokenize
 
-    tokens = tokenize([shakespeare_splits()["test"]], tokenizer)
+    tokens = tokenize([shakespeare_splits()[split]], tokenizer)
     blocks = PackedBlocks(tokens, block_size, keep_remainder=True)
     return [blocks[index] for index in range(min(limit or len(blocks), len(blocks)))], len(blocks)
 

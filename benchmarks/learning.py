@@ -3,8 +3,8 @@
     python benchmarks/learning.py --variants twin paper anchor --seeds 0 1 2 --max-steps 300 --threads 1
 
 Every run is `ebt train clm` with the same data, tokens, batches and schedule; what differs is written out in
-`VARIANTS`. The learning rate of each variant is the best of those tried (docs/results/anchor.md). Rows are written to a
-file as they are measured; the same command continues where it was interrupted.
+`VARIANTS`. The learning rate of each variant is the best of those tried (docs/results/anchor.md). Rows are written to
+a file as they are measured; the same command continues where it was interrupted.
 """
 
 import argparse

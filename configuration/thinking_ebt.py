@@ -45,7 +45,7 @@ class ThinkingConfig:
             Multiplies the step size; a list gives one factor per step. (1.0)
         noise_std (`float`, *optional*, at least 0):
             Standard deviation of the Gaussian noise added to the candidate logits before every step [sigma, Eq. 2].
-            (0)
+            Drawn for the whole batch: with noise, a row depends on its place in it. (0)
         noise_first_step_only (`bool`, *optional*):
             Adds that noise before the first step only. (`False`)
         accept_only_lower_energy (`bool`, *optional*):

@@ -9,8 +9,12 @@ from torch import Tensor
 from transformers.generation import GenerationMixin
 from transformers.generation.stopping_criteria import StoppingCriteriaList
 from transformers.generation.utils import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyOutput
+from transformers.utils import logging
 
 from .thinking_ebt import FLAT_PREFIX, FLAT_THINKING_NAMES, ThinkingConfig
+
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -123,6 +127,19 @@ class EBTGenerationMixin(GenerationMixin):
             }
             thinking = thinking.merged_over(ThinkingConfig.from_value(set_there))
         return thinking
+
+    def _prepare_generated_length(self, *args: Any, **kwargs: Any) -> Any:
+        config = super()._prepare_generated_length(*args, **kwargs)
+        # the last token is never fed back, so the text may be one longer than the context
+        longest = self.config.max_position_embeddings + 1
+        if config.max_length is not None and config.max_length > longest:
+            logger.warning(
+                f"The text would reach {config.max_length} tokens, the model's context is {longest - 1} "
+                f"(`config.max_position_embeddings`): generation ends at {longest} tokens. Give a smaller "
+                "`max_new_tokens` to end earlier."
+            )
+            config.max_length = longest
+        return config
 
     def _get_stopping_criteria(self, *args: Any, **kwargs: Any) -> StoppingCriteriaList:
         criteria = super()._get_stopping_criteria(*args, **kwargs)

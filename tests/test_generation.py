@@ -1,6 +1,7 @@
 """Laws of `generate()`: every decoding mode of transformers, with thinking and its energies."""
 
 import copy
+import logging
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -447,8 +448,8 @@ def test_threads_keep_their_energies_apart(make_model: MakeModel) -> None:
 
 def test_a_failed_call_leaves_no_trace_for_the_next(make_model: MakeModel) -> None:
     model = make_model()
-    with pytest.raises(ValueError, match="at most 32"):
-        model.generate(tokens(1, 30), **GREEDY, **WITH_ENERGIES)
+    with pytest.raises(ValueError, match="between 0 and 40"):
+        model.generate(tokens(1, 4) + 41, **GREEDY, **WITH_ENERGIES)
     assert model.generate(tokens(1, 4), **GREEDY, **WITH_ENERGIES).energies.shape[1] == 6
 
 
@@ -478,3 +479,19 @@ def test_generation_restores_training_mode_settings(make_model: MakeModel) -> No
 
 def test_a_batch_of_one_token_prompts_generates(any_model: EBTForCausalLM) -> None:
     assert any_model.generate(tokens(3, 1), **GREEDY).shape == (3, 7)
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}, {"cache_implementation": "static"}, {"use_cache": False}])
+def test_generation_ends_at_the_context_with_a_word_about_it(make_model: Any, options: dict[str, Any]) -> None:
+    model = make_model(max_position_embeddings=9)
+    messages: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("ebt_transformers.modeling_ebt.generation")
+    logger.addHandler(handler)
+    try:
+        output = model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=50, do_sample=False, **options)
+    finally:
+        logger.removeHandler(handler)
+    assert output.shape == (1, 10)
+    assert any("context is 9" in message for message in messages)

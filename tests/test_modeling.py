@@ -629,3 +629,11 @@ def test_bad_input_of_energy_raises_a_value_error_that_names_it(make_model: Make
     inputs, message = BAD_ENERGY[case]
     with pytest.raises(ValueError, match=rf"(?s){message}"):
         make_model().energy(tokens(1, 4), **inputs)
+
+
+def test_the_step_size_stays_exact_in_half_precision(make_model: Any, tmp_path: Path) -> None:
+    model = make_model(step_size=501.3)
+    model.save_pretrained(tmp_path)
+    half = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert half.dtype == torch.bfloat16
+    assert_close(half.step_size.value, model.step_size.value, rtol=0, atol=0)
