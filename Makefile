@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 PYTEST_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test slow check lint types format constraints clean
+.PHONY: help install demo test slow mixins check lint types format constraints clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -30,6 +30,15 @@ test: $(INSTALLED)  ## install, then run the test suite without its slow tests
 
 slow: $(INSTALLED)  ## the whole test suite, slow tests included
 	$(BIN)/python -m pytest -m "slow or not slow" $(PYTEST_ARGS)
+
+# A development check (docs/hf_test_mixins.md): transformers' own model tests, which are in its source distribution only.
+mixins: $(INSTALLED)  ## run our models through the common model tests of transformers
+	@folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT && \
+	version=$$($(BIN)/python -c "import transformers; print(transformers.__version__)") && \
+	$(BIN)/python -m pip install -q parameterized && \
+	$(BIN)/python -m pip download -q --no-deps --no-binary transformers -d "$$folder" "transformers==$$version" && \
+	tar -xzf "$$folder"/transformers-*.tar.gz -C "$$folder" && \
+	TRANSFORMERS_SOURCE="$$(echo "$$folder"/transformers-*/)" $(BIN)/python -m pytest -m "" tests/hf_mixins $(PYTEST_ARGS)
 
 check: lint types test  ## what CI runs
 

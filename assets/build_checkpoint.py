@@ -36,16 +36,16 @@ EBT = ("--candidate_anchor", "token", "--step_size", "5", "--learning_rate", "4e
 TWIN = ("--twin", "--learning_rate", "2.4e-3")
 NOTES = """## With and without thinking
 
-Measured on the held-out splits, mean cross-entropy in nats per token. The twin is a Llama-style model of the same shape,
-trained by the same script on the same tokens with the best of three learning rates.
+Measured on the held-out splits, mean cross-entropy in nats per token. The twin is a Llama-style model of the same
+shape, trained by the same script on the same tokens with the best of three learning rates.
 
 {table}
 
 {verdict}
 
-The candidates of this model ride on the embedding of their context token (`candidate_anchor="token"`), which is not in the
-paper; without it a model of this size learns far more slowly. It is a demonstration: 1.2 M parameters, one play-writing
-author, one seed. It knows nothing, and its text means nothing.
+The candidates of this model ride on the embedding of their context token (`candidate_anchor="token"`), which is not in
+the paper; without it a model of this size learns far more slowly. It is a demonstration: 1.2 M parameters, the plays of
+one author, one seed. It knows nothing, and its text means nothing.
 """
 
 
@@ -83,9 +83,9 @@ def summary(ebt: dict[str, dict[str, float]], twin: dict[str, dict[str, float]])
     spread = max(ebt["test"].values()) - min(ebt["test"].values())
     difference = ebt["test"][best] - twin_test
     verdict = (
-        f"Best on validation: {best} step(s). On the test split the number of steps moves the loss by {spread:.4f} nats, "
-        f"and the EBT is {abs(difference):.4f} nats {'worse' if difference > 0 else 'better'} than its twin, which costs "
-        "a fraction of its time to train and to run."
+        f"Best on validation: {best} step(s). On the test split the number of steps moves the loss by {spread:.4f} "
+        f"nats, and the EBT is {abs(difference):.4f} nats {'worse' if difference > 0 else 'better'} than its twin, "
+        "which costs a fraction of its time to train and to run."
     )
     return NOTES.format(table="\n".join(lines), verdict=verdict)
 
