@@ -43,8 +43,8 @@ shape, trained by the same script on the same tokens with the best of three lear
 
 {verdict}
 
-The candidates of this model ride on the embedding of their context token (`candidate_anchor="token"`), which is not in
-the paper; without it a model of this size learns far more slowly. It is a demonstration: 1.2 M parameters, the plays of
+The candidates of this model ride on the embedding of their context token (`candidate_anchor="token"`), which is not
+in the paper; without it a model of this size learns far more slowly. It is a demonstration: 1.2 M parameters, plays of
 one author, one seed. It knows nothing, and its text means nothing.
 """
 
