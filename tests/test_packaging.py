@@ -136,3 +136,10 @@ def test_constraints_pin_exactly():
     pins = [line for line in lines if line and not line.startswith("#")]
     assert all(re.fullmatch(r'[\w.-]+==[\w.!]+( ; python_version >= "3\.\d+")?', line) for line in pins)
     assert {"torch", "transformers", "tokenizers", "datasets"} <= {line.split("==")[0] for line in pins}
+
+
+def test_the_package_says_the_version_it_is_installed_with() -> None:
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    source = (ROOT / "__init__.py").read_text(encoding="utf-8")
+    version = project.split('\nversion = "', 1)[1].split('"', 1)[0]
+    assert f'__version__ = "{version}"' in source
