@@ -104,18 +104,6 @@ def load_checkpoint(source: str | Path | None = None) -> tuple["PreTrainedModel"
     return model, tokenizer
 
 
-def held_out_blocks(
-    tokenizer: "PreTrainedTokenizerBase", block_size: int, limit: int | None = None, split: str = "test"
-) -> tuple[list[Any], int]:
-    """Blocks of a split of the embedded text, cut as in training; also how many there are without `limit`."""
-    from .assets import shakespeare_splits
-    from .training.data import PackedBlocks, tokenize
-
-    tokens = tokenize([shakespeare_splits()[split]], tokenizer)
-    blocks = PackedBlocks(tokens, block_size, keep_remainder=True)
-    return [blocks[index] for index in range(min(limit or len(blocks), len(blocks)))], len(blocks)
-
-
 @contextmanager
 def _one_thread() -> Iterator[None]:
     """
@@ -303,6 +291,7 @@ def run_demo(
 
     from .pipelines import perplexity_by_steps
     from .pipelines.text_generation import check_room
+    from .training.data import held_out_blocks
 
     steps = sorted(set(steps))
     if not steps or steps[0] < 1:
@@ -336,7 +325,8 @@ def run_demo(
     say("\nMean energy of the generated tokens' predictions (steps on different landscapes are not comparable):\n")
     say(_energy_table(report.samples))
 
-    chosen, report.all_blocks = held_out_blocks(tokenizer, min(256, config.max_position_embeddings), blocks or None)
+    held_out = held_out_blocks(tokenizer, min(256, config.max_position_embeddings))
+    chosen, report.all_blocks = held_out[: blocks or None], len(held_out)
     report.blocks = len(chosen)
     report.perplexities = perplexity_by_steps(network, chosen, steps)
     report.twin_perplexity = recorded_twin_perplexity(model)
@@ -367,4 +357,4 @@ def run_demo(
     return report
 
 
-__all__ = ["DemoReport", "Sample", "draw_energies", "held_out_blocks", "load_checkpoint", "run_demo", "verdict"]
+__all__ = ["DemoReport", "Sample", "draw_energies", "load_checkpoint", "run_demo", "verdict"]

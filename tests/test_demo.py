@@ -9,8 +9,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, 
 
 from ebt_transformers import EBTConfig, EBTForCausalLM, ThinkingConfig, transformer_pp_config
 from ebt_transformers.assets import checkpoint_path
-from ebt_transformers.demo import DemoReport, Sample, held_out_blocks, run_demo, verdict
+from ebt_transformers.demo import DemoReport, Sample, run_demo, verdict
 from ebt_transformers.pipelines import generate_with_energies, mean_losses_by_steps, perplexity_by_steps
+from ebt_transformers.training.data import held_out_blocks
 
 
 PROMPTS = ["ROMEO:\n", "First Citizen:\nSpeak, speak.", "I"]
@@ -205,8 +206,7 @@ def test_demo_repeats_its_text(checkpoint, tmp_path):
 def test_held_out_blocks_are_the_test_split(tokenizer):
     from ebt_transformers.assets import shakespeare_splits
 
-    blocks, count = held_out_blocks(tokenizer, 256, None)
-    assert len(blocks) == count
+    blocks = held_out_blocks(tokenizer, 256)
     ids = torch.cat([block["input_ids"][block["labels"] != -100] for block in blocks])
     assert tokenizer.decode(ids, skip_special_tokens=True) == shakespeare_splits()["test"]
 

@@ -423,6 +423,21 @@ class PackedStream(torch.utils.data.IterableDataset):
             self.tokens.set_epoch(epoch)
 
 
+def held_out_blocks(
+    tokenizer: "PreTrainedTokenizerBase", block_size: int, split: str = "test"
+) -> list[dict[str, torch.Tensor]]:
+    """
+    A split of the embedded text as blocks, cut as in training, the last one padded.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`): cuts the text into tokens.
+        block_size (`int`): tokens per block.
+        split (`str`, *optional*, defaults to `"test"`): `"train"`, `"validation"` or `"test"`.
+    """
+    blocks = PackedBlocks(tokenize(embedded_documents()[split], tokenizer), block_size, keep_remainder=True)
+    return [blocks[index] for index in range(len(blocks))]
+
+
 def _check_block_size(block_size: int) -> None:
     if block_size < 2:
         raise ValueError(
@@ -528,6 +543,7 @@ __all__ = [
     "embedded_documents",
     "encode",
     "find_text_column",
+    "held_out_blocks",
     "is_stream",
     "load_files",
     "load_named",

@@ -1,6 +1,6 @@
 """Trains the embedded checkpoint and its twin, and puts the result into the package.
 
-    python -m ebt_transformers.assets.build_checkpoint --runs runs
+    python -m ebt_transformers.training.build_checkpoint --runs runs
 
 Two calls of `ebt train clm` on Tiny Shakespeare (recipe s1, everything about them in `COMMON`, `EBT` and `TWIN`), each
 keeping its best validation loss; then the losses of both on the held-out splits, of the EBT for several numbers of
@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import checkpoint_path
+from ..assets import checkpoint_path
 
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ one author, one seed. It knows nothing, and its text means nothing.
 
 def train(folder: Path, options: Sequence[str]) -> None:
     """One run of `ebt train clm`, or the rest of it."""
-    from ..training.run_clm import main
+    from .run_clm import main
 
     main(["--output_dir", str(folder), *COMMON, *options])
 
@@ -60,14 +60,14 @@ def held_out_losses(folder: Path, steps: Sequence[int]) -> dict[str, dict[str, f
     """Mean loss on the validation and test splits for every number of thinking steps; a twin has only one."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from ..demo import held_out_blocks
     from ..pipelines import mean_losses_by_steps
+    from .data import held_out_blocks
 
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     tokenizer = AutoTokenizer.from_pretrained(checkpoint_path())
     losses = {}
     for split in ("validation", "test"):
-        blocks, _ = held_out_blocks(tokenizer, BLOCK_SIZE, split=split)
+        blocks = held_out_blocks(tokenizer, BLOCK_SIZE, split)
         losses[split] = {str(count): loss for count, loss in mean_losses_by_steps(model, blocks, steps).items()}
     return losses
 
@@ -130,7 +130,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     results: dict[str, Any] = {
         "recipe": "s1",
         "seed": 33,
-        "command": "python -m ebt_transformers.assets.build_checkpoint",
+        "command": "python -m ebt_transformers.training.build_checkpoint",
         "ebt": {
             "validation_loss_by_steps": ebt["validation"],
             "test_loss_by_steps": ebt["test"],
