@@ -304,7 +304,6 @@ def test_generation_configs_are_left_as_they_were(make_model: MakeModel) -> None
         ({"generation_config": GenerationConfig(thinking_stepz=3)}, "stepz.*Allowed.*steps"),
         ({"output_energies": True}, "return_dict_in_generate"),
         ({**WITH_ENERGIES, "prompt_lookup_num_tokens": 2}, "assisted"),
-        ({"max_new_tokens": 60}, "at most 32"),
     ],
 )
 def test_mistakes_raise_and_name_themselves(make_model: MakeModel, options: dict[str, Any], message: str) -> None:
