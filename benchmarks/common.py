@@ -90,7 +90,13 @@ def command_line(script: str, argv: Sequence[str]) -> str:
 
 
 def report(
-    results: Results, title: str, command: str, header: Sequence[str], rows: Sequence[Sequence[str]], notes: str
+    results: Results,
+    title: str,
+    command: str,
+    header: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    notes: str,
+    seed: str | None = None,
 ) -> str:
     """Prints a result as markdown, and writes it beside its rows."""
     settings = results.settings
@@ -103,7 +109,7 @@ def report(
             f"{settings['threads']} threads",
             f"- versions: {versions}",
             f"- command: `{command}`",
-            f"- seed: {settings['seed']}; random weights",
+            f"- seed: {settings['seed']}; random weights" if seed is None else f"- seed: {seed}",
             "",
             notes,
             "",
