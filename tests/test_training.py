@@ -516,6 +516,17 @@ def test_the_script_trains_evaluates_saves_and_goes_on(command, capsys):
     assert json.loads((out / "trainer_state.json").read_text())["global_step"] == 5
 
 
+def test_a_finished_run_started_again_trains_nothing_and_finds_the_same_loss(command, capsys):
+    out = command("--max_steps 3 --step_size 20")
+    card, results = (out / "README.md").read_text(), json.loads((out / "all_results.json").read_text())
+    capsys.readouterr()
+    command("--max_steps 3 --step_size 20")
+    assert "nothing to train" in capsys.readouterr().out
+    assert json.loads((out / "trainer_state.json").read_text())["global_step"] == 3
+    assert (out / "README.md").read_text() == card
+    assert json.loads((out / "all_results.json").read_text())["eval_loss"] == pytest.approx(results["eval_loss"])
+
+
 def test_the_twin_trains_by_the_same_script(command):
     out = command("--max_steps 2 --twin")
     model = AutoModelForCausalLM.from_pretrained(out)

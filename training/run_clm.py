@@ -299,6 +299,23 @@ def _start_point(training: "EBTTrainingArguments", overwrite: bool) -> str | Non
     return None
 
 
+def _finished_weights(checkpoint: str, training: "EBTTrainingArguments") -> str | None:
+    """The weights of a run that has nothing left to train, best or last as asked; None if there is more to do."""
+    import json
+
+    state = json.loads((Path(checkpoint) / "trainer_state.json").read_text(encoding="utf-8"))
+    if training.max_steps > 0:
+        finished = state["global_step"] >= training.max_steps
+    else:
+        finished = (
+            state["global_step"] >= state["max_steps"] and state["num_train_epochs"] >= training.num_train_epochs
+        )
+    if not finished:
+        return None
+    best = state.get("best_model_checkpoint")
+    return best if training.load_best_model_at_end and best and Path(best).is_dir() else checkpoint
+
+
 def _remove_checkpoints(folder: Path) -> None:
     import shutil
 
@@ -521,6 +538,10 @@ def _run(argv: list[str]) -> None:
     _check_arguments(model_args, data_args, training_args)
     checkpoint = _start_point(training_args, run_args.overwrite)
     train, validate, test = _wanted(argv, training_args)
+    finished = _finished_weights(checkpoint, training_args) if checkpoint else None
+    if train and finished:
+        _say(f"{checkpoint} has all the steps asked for: nothing to train. (--overwrite starts afresh.)")
+        train, checkpoint = False, finished
     if training_args.learning_rate_is_default and model_args.model_name_or_path is None:
         preset = model_args.preset or DEFAULT_PRESET
         if preset not in PRESETS:
