@@ -47,6 +47,8 @@ class EBTForCausalLM(EBTGenerationMixin, EBTPreTrainedModel, GenerationMixin):
     ```
     """
 
+    # half precision holds a step size of 500 to the nearest 2 or 4 only
+    _keep_in_fp32_modules_strict = ["step_size"]
     _tied_weights_keys = {"candidate_embedding.weight": "model.embed_tokens.weight"}
 
     def __init__(self, config: EBTConfig) -> None:

@@ -41,8 +41,6 @@ class EBTPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["EBTDecoderLayer"]
     _skip_keys_device_placement = ["past_key_values", "context"]
-    # half precision holds a step size of 500 to the nearest 2 or 4 only
-    _keep_in_fp32_modules_strict = ["step_size"]
     _supports_sdpa = True
     # fused kernels other than sdpa's have no path for the second stream
     _supports_flash_attn = False
