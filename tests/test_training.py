@@ -222,6 +222,9 @@ metrics = trainer.evaluate()
 if trainer.is_world_process_zero():
     torch.save({{"weights": laws.weights(model), "loss": metrics["eval_loss"], "log": trainer.state.log_history}},
                sys.argv[2])
+# or a process may end while threads of its group still run, which aborts it
+trainer.accelerator.wait_for_everyone()
+trainer.accelerator.end_training()
 """
 
 

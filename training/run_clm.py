@@ -612,6 +612,9 @@ def _run(argv: list[str]) -> None:
         _say(f"Saved to {training_args.output_dir}.")
         if training_args.push_to_hub:
             trainer.push_to_hub()
+    # several processes: one that ends while threads of its group still run is aborted
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.end_training()
 
 
 def _parse_max_positions(model: ModelArguments) -> int | None:
