@@ -198,6 +198,11 @@ class EBTConfig(PreTrainedConfig):
         self.default_thinking()  # raises for bad thinking defaults
 
     @property
+    def is_modulated(self) -> bool:
+        """Whether the step modulates the norms (adaLN)."""
+        return self.step_conditioning in ("adaln", "adaln_zero")
+
+    @property
     def feed_forward_width(self) -> int:
         """Width of the feed-forward layers, known even where `intermediate_size` was left out."""
         return self.hidden_size if self.intermediate_size is None else self.intermediate_size

@@ -145,6 +145,14 @@ class ThinkingConfig:
             )
         return cls(**values)
 
+    @classmethod
+    def from_call(
+        cls, thinking: "ThinkingConfig | Mapping[str, Any] | None", flat: Mapping[str, Any]
+    ) -> "ThinkingConfig":
+        """What a call says: its flat options, over those of its `thinking`. Flat ones left at `None` say nothing."""
+        called = cls.from_value({name: value for name, value in flat.items() if value is not None})
+        return called.merged_over(cls.from_value(thinking))
+
     def merged_over(self, defaults: "ThinkingConfig") -> "ThinkingConfig":
         """This configuration with its unset fields taken from `defaults`."""
         values = {name: value for name, value in asdict(self).items() if value is not None}

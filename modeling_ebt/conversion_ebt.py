@@ -57,7 +57,7 @@ TRANSFORMS: dict[str, tuple[Callable[[Tensor, int], Tensor], Callable[[Tensor, i
 
 
 def _is_modulated(config: Config) -> bool:
-    return isinstance(config, EBTConfig) and config.step_conditioning in ("adaln", "adaln_zero")
+    return isinstance(config, EBTConfig) and config.is_modulated
 
 
 PRESENT: dict[str, Callable[[Config], bool]] = {

@@ -7,7 +7,7 @@ of a row (positions x candidates for text), ``...`` whatever a state is made of 
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -56,13 +56,11 @@ class DescentOutput:
         energies (`list[Tensor]`): the energy before every step (K tensors of the energy's shape), and after the last
             one if it was asked for (then K + 1). A row that stopped repeats its last energy.
         steps_taken (`Tensor`): integer tensor of the energy's shape, the steps that moved each row.
-        gradients (`list[Tensor]`): gradient at every step with respect to the embedded candidate, when recorded.
     """
 
     state: Tensor
     energies: list[Tensor]
     steps_taken: Tensor
-    gradients: list[Tensor] = field(default_factory=list)
 
 
 def standard_normal(

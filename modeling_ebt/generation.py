@@ -88,12 +88,12 @@ class EBTGenerationMixin(GenerationMixin):
             generation_config = args[1]
         configured = [config for config in (generation_config, self.generation_config) if config is not None]
         kwargs["thinking"] = self._call_thinking(kwargs, configured)
+        if not output_energies:
+            return super().generate(*args, **kwargs)
         returns_dict = kwargs.get("return_dict_in_generate")
         for config in configured:
             if returns_dict is None:
                 returns_dict = getattr(config, "return_dict_in_generate", None)
-        if not output_energies:
-            return super().generate(*args, **kwargs)
         if not returns_dict:
             raise ValueError("`output_energies=True` needs `return_dict_in_generate=True` to have somewhere to go.")
         if kwargs.get("assistant_model") is not None or kwargs.get("prompt_lookup_num_tokens"):
@@ -117,8 +117,7 @@ class EBTGenerationMixin(GenerationMixin):
     def _call_thinking(kwargs: dict[str, Any], generation_configs: list[Any]) -> ThinkingConfig:
         # popped here: left in, transformers would put them into the generation config and the model would not see them
         flat = {name: kwargs.pop(name) for name in FLAT_THINKING_NAMES if name in kwargs}
-        thinking = ThinkingConfig.from_value({name: value for name, value in flat.items() if value is not None})
-        thinking = thinking.merged_over(ThinkingConfig.from_value(kwargs.pop("thinking", None)))
+        thinking = ThinkingConfig.from_call(kwargs.pop("thinking", None), flat)
         for config in generation_configs:
             set_there = {
                 name: value

@@ -178,8 +178,7 @@ class EBTDecoderLayer(nn.Module):
         self.mlp = EBTMLP(config)
         self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        modulated = config.step_conditioning in ("adaln", "adaln_zero")
-        self.modulation = EBTModulation(config.hidden_size, 6) if modulated else None
+        self.modulation = EBTModulation(config.hidden_size, 6) if config.is_modulated else None
 
     def forward(
         self,

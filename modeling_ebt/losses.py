@@ -1,11 +1,17 @@
 """The training objective: transformers' causal language model loss, applied to the steps of a descent."""
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
+
+
+def perplexity(mean_loss: float) -> float:
+    """exp(mean loss), infinite where a float cannot hold it."""
+    return math.exp(mean_loss) if mean_loss < 700 else math.inf
 
 
 class StepLosses:
@@ -52,4 +58,4 @@ class StepLosses:
         return (labels != -100) if labels is not None and labels.shape == shape else None
 
 
-__all__ = ["StepLosses"]
+__all__ = ["StepLosses", "perplexity"]

@@ -52,8 +52,7 @@ def resolve_thinking(
         ValueError: for unknown options, values out of range, evaluation-only options in training, a landscape the
             model does not have, and a list of scales of the wrong length.
     """
-    called = ThinkingConfig.from_value({name: value for name, value in flat.items() if value is not None})
-    called = called.merged_over(ThinkingConfig.from_value(thinking))
+    called = ThinkingConfig.from_call(thinking, flat)
     defaults = ThinkingConfig.from_value(config.default_thinking())
     if training:
         if (called.candidates or 1) > 1 or called.tolerance is not None or called.accept_only_lower_energy:

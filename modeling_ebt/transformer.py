@@ -105,8 +105,7 @@ class EBTModel(EBTPreTrainedModel):
         self.step_embeddings = nn.Embedding(config.num_landscapes, config.hidden_size) if conditioned else None
         self.layers = nn.ModuleList([EBTDecoderLayer(config, index) for index in range(config.num_hidden_layers)])
         self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        modulated = config.step_conditioning in ("adaln", "adaln_zero")
-        self.final_modulation = EBTModulation(config.hidden_size, 2) if modulated else None
+        self.final_modulation = EBTModulation(config.hidden_size, 2) if config.is_modulated else None
         self.energy_head = EBTEnergyHead(config.hidden_size)
         self.rotary_emb = LlamaRotaryEmbedding(config=config)
         self.gradient_checkpointing = False
@@ -259,7 +258,7 @@ class EBTModel(EBTPreTrainedModel):
             keys_only = not need_hidden and index == len(self.layers) - 1
             call: Callable = layer
             if self.gradient_checkpointing and self.training:
-                call = self._checkpointed(layer)
+                call = functools.partial(self._gradient_checkpointing_func, layer.__call__)
             hidden, key, value, weights = call(hidden, rotary, mask, condition, None, extend, keys_only)
             keys.append(key.view(batch, num_landscapes, *key.shape[1:]))
             values.append(value.view(batch, num_landscapes, *value.shape[1:]))
@@ -284,12 +283,6 @@ class EBTModel(EBTPreTrainedModel):
                 anchors=inputs_embeds if self.config.candidate_anchor == "token" else None,
             ),
         )
-
-    def _checkpointed(self, layer: nn.Module) -> Callable:
-        def call(*args: Any) -> Any:
-            return self._gradient_checkpointing_func(layer.__call__, *args)
-
-        return call
 
     def _cached_landscapes(self, cache: Cache, wanted: int) -> int:
         cached = cache.layers[0].keys.shape[1] // self.config.key_value_heads
@@ -327,8 +320,9 @@ class EBTModel(EBTPreTrainedModel):
     ) -> Tensor | None:
         """The context stream's mask, or None where plain causality says it all and the backend has it built in."""
         eager = self.config._attn_implementation == "eager"
-        unpadded = given is None or (given.dim() == 2 and bool(given.all()))
-        if unpadded and past == 0 and columns == visible.shape[-2] and not eager:
+        plain = not eager and past == 0 and columns == visible.shape[-2]
+        # the look at the mask itself comes last: on an accelerator it has to be waited for
+        if plain and (given is None or (given.dim() == 2 and bool(given.all()))):
             return None
         visible = with_own_column(visible, past)
         if self.has_step_token:

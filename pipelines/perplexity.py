@@ -1,6 +1,5 @@
 """How much thinking pays on held-out text: loss and perplexity for several numbers of thinking steps."""
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -10,6 +9,7 @@ from transformers import PreTrainedModel
 from transformers.utils.logging import tqdm
 
 from ..configuration import ThinkingConfig
+from ..modeling_ebt.losses import perplexity
 
 
 def _rows(token_blocks: Tensor | Iterable[Any]) -> list[Tensor]:
@@ -130,7 +130,7 @@ def perplexity_by_steps(
     ```
     """
     losses = mean_losses_by_steps(model, token_blocks, steps, batch_size, progress_bar, thinking)
-    return {count: math.exp(loss) if loss < 700 else math.inf for count, loss in losses.items()}
+    return {count: perplexity(loss) for count, loss in losses.items()}
 
 
 __all__ = ["mean_losses_by_steps", "perplexity_by_steps"]

@@ -179,13 +179,12 @@ def generate_with_energies(
     if option("max_new_tokens") is not None:
         check_room(model, max(map(len, rows)), option("max_new_tokens"))
     input_ids, attention_mask = _left_padded(rows, pad_token_id, model.device)
-    given = {} if thinking is None else {"thinking": thinking}
     output = model.generate(
         input_ids,
         attention_mask=attention_mask,
         **{
             "pad_token_id": pad_token_id,
-            **given,
+            "thinking": thinking,
             **generate_kwargs,
             "output_energies": True,
             "return_dict_in_generate": True,

@@ -10,7 +10,6 @@ on where it was interrupted. About three quarters of an hour on two CPU cores.
 
 import argparse
 import json
-import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -113,9 +112,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser.parse_args(argv)
     from transformers import AutoModelForCausalLM
 
-    import ebt_transformers
-
-    _ = ebt_transformers.EBTConfig  # registers the models, also under the console script
     ebt_run, twin_run = options.runs / "tiny_ebt", options.runs / "tiny_twin"
     train(ebt_run, EBT)
     train(twin_run, TWIN)
@@ -145,7 +141,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     }
     text = json.dumps(results, indent=2) + "\n"
     (checkpoint_path() / "results.json").write_text(text, encoding="utf-8")
-    shutil.rmtree(checkpoint_path() / ".cache", ignore_errors=True)
     print(summary(ebt, twin))
 
 

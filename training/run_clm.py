@@ -269,16 +269,16 @@ def _check_arguments(model: ModelArguments, data: DataArguments, training: "EBTT
 
 def _start_point(training: "EBTTrainingArguments", overwrite: bool) -> str | None:
     """The checkpoint to go on from; decides what may happen to the output folder."""
-    from .trainer import find_last_checkpoint
+    from .trainer import TRAINER_STATE, find_last_checkpoint
 
     folder = Path(training.output_dir)
     asked = training.resume_from_checkpoint
     if asked and overwrite:
         raise _Refusal("--resume_from_checkpoint and --overwrite contradict each other. Give one of them.")
     if asked and asked != "auto":
-        if not (Path(asked) / "trainer_state.json").is_file():
+        if not (Path(asked) / TRAINER_STATE).is_file():
             raise _Refusal(
-                f"--resume_from_checkpoint {asked}: no complete checkpoint (it has no trainer_state.json). Give a "
+                f"--resume_from_checkpoint {asked}: no complete checkpoint (it has no {TRAINER_STATE}). Give a "
                 "checkpoint-N folder, or auto."
             )
         _say(f"Going on from {asked}.")
@@ -303,7 +303,9 @@ def _finished_weights(checkpoint: str, training: "EBTTrainingArguments") -> str 
     """The weights of a run that has nothing left to train, best or last as asked; None if there is more to do."""
     import json
 
-    state = json.loads((Path(checkpoint) / "trainer_state.json").read_text(encoding="utf-8"))
+    from .trainer import TRAINER_STATE
+
+    state = json.loads((Path(checkpoint) / TRAINER_STATE).read_text(encoding="utf-8"))
     if training.max_steps > 0:
         finished = state["global_step"] >= training.max_steps
     else:

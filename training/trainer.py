@@ -1,7 +1,6 @@
 """`EBTTrainer`: the Hugging Face Trainer for models that think by descending an energy."""
 
 import json
-import math
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -13,6 +12,7 @@ from torch import nn
 from transformers import EarlyStoppingCallback, Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput
 
+from ..modeling_ebt.losses import perplexity
 from .model_card import RunFacts, write_model_card
 
 
@@ -382,9 +382,4 @@ class EBTTrainer(Trainer):
             write_model_card(self, self.args.output_dir, **card_data)
 
 
-def perplexity(mean_loss: float) -> float:
-    """exp(mean loss), infinite where a float cannot hold it."""
-    return math.exp(mean_loss) if mean_loss < 700 else math.inf
-
-
-__all__ = ["EBTTrainer", "find_last_checkpoint", "perplexity"]
+__all__ = ["EBTTrainer", "find_last_checkpoint"]
