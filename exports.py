@@ -1,12 +1,16 @@
 """The public names of the package; importing this module registers every model with the Auto classes."""
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageToImage
 
-from .configuration import PRESETS, EBTConfig, ThinkingConfig, transformer_pp_config
+from .configuration import PRESETS, EBTConfig, EBTImageConfig, ThinkingConfig, transformer_pp_config
 from .modeling_ebt import (
     EBTCausalLMOutputWithPast,
     EBTForCausalLM,
+    EBTForImageDenoising,
     EBTGenerateOutput,
+    EBTImageDenoisingOutput,
+    EBTImageModel,
+    EBTImageModelOutput,
     EBTModel,
     EBTModelOutputWithPast,
 )
@@ -19,12 +23,24 @@ EBTConfig.register_for_auto_class()
 EBTModel.register_for_auto_class("AutoModel")
 EBTForCausalLM.register_for_auto_class("AutoModelForCausalLM")
 
+AutoConfig.register(EBTImageConfig.model_type, EBTImageConfig, exist_ok=True)
+AutoModel.register(EBTImageConfig, EBTImageModel, exist_ok=True)
+AutoModelForImageToImage.register(EBTImageConfig, EBTForImageDenoising, exist_ok=True)
+EBTImageConfig.register_for_auto_class()
+EBTImageModel.register_for_auto_class("AutoModel")
+EBTForImageDenoising.register_for_auto_class("AutoModelForImageToImage")
+
 __all__ = [
     "PRESETS",
     "EBTCausalLMOutputWithPast",
     "EBTConfig",
     "EBTForCausalLM",
+    "EBTForImageDenoising",
     "EBTGenerateOutput",
+    "EBTImageConfig",
+    "EBTImageDenoisingOutput",
+    "EBTImageModel",
+    "EBTImageModelOutput",
     "EBTModel",
     "EBTModelOutputWithPast",
     "ThinkingConfig",

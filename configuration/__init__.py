@@ -1,6 +1,7 @@
 """What a model is, as typed data."""
 
 from .configuration_ebt import EBTConfig
+from .configuration_ebt_image import EBTImageConfig
 from .presets_ebt import PRESETS, RECIPES, Preset
 from .thinking_ebt import FLAT_THINKING_NAMES, ThinkingConfig
 from .twins import transformer_pp_config
@@ -11,6 +12,7 @@ __all__ = [
     "PRESETS",
     "RECIPES",
     "EBTConfig",
+    "EBTImageConfig",
     "Preset",
     "ThinkingConfig",
     "transformer_pp_config",

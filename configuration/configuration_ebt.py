@@ -1,14 +1,12 @@
 """`EBTConfig`: what an Energy-Based Transformer for text is."""
 
-import math
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
-from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import RopeParameters
 
+from .base_ebt import EBTBaseConfig
 from .presets_ebt import preset_fields, recipe_fields
-from .thinking_ebt import FLAT_PREFIX, ThinkingConfig
 
 
 STEP_CONDITIONINGS = ("none", "time_embed", "adaln", "adaln_zero")
@@ -16,11 +14,10 @@ CANDIDATE_EMBEDDINGS = ("linear", "shared")
 CANDIDATE_ANCHORS = ("none", "token")
 CANDIDATE_INITS = ("normal", "zeros")
 UPDATES = ("replace", "residual")
-LOSS_ON_STEPS = ("all", "last")
 
 
 @strict
-class EBTConfig(PreTrainedConfig):
+class EBTConfig(EBTBaseConfig):
     r"""
     Configuration of [`EBTModel`] and [`EBTForCausalLM`], the Energy-Based Transformer for text (arXiv 2507.02092).
     The defaults are the paper's smallest published size (xxs) with its System 1 recipe.
@@ -68,6 +65,12 @@ class EBTConfig(PreTrainedConfig):
         loss_on_steps (`str`, *optional*, defaults to `"all"`):
             Training objective: `"all"` averages the cross-entropy of every step (recipe s1), `"last"` scores the last
             step only, and only that step is differentiated (recipe s2).
+        random_step_size (`float`, *optional*, defaults to 1.0):
+            In training the step size of each position is drawn uniformly between `step_size / random_step_size` and
+            `step_size * random_step_size` (the paper: 2 in recipe s2).
+        random_steps (`list[int]`, *optional*):
+            `[fewest, most]` steps, drawn for each batch in training (the paper: `[2, 3]` in recipe s2). `None`: always
+            the default number.
         thinking_steps (`int`, *optional*): Default number of steps; `None` means `num_landscapes`.
         thinking_candidates (`int`, *optional*, defaults to 1): Default number of candidates in evaluation.
         thinking_noise_std (`float`, *optional*, defaults to 0.0): Default noise on the logits, in training too.
@@ -120,15 +123,7 @@ class EBTConfig(PreTrainedConfig):
     candidate_init: str = "normal"
     candidate_init_std: float | int = 1.0
     step_size: float | int = 500.0
-    learn_step_size: bool = True
     update: str = "replace"
-    detach_between_steps: bool = True
-    loss_on_steps: str = "all"
-    thinking_steps: int | None = None
-    thinking_candidates: int = 1
-    thinking_noise_std: float | int = 0.0
-    thinking_tolerance: float | int | None = None
-    thinking_accept_only_lower_energy: bool = False
     use_cache: bool = True
     tie_word_embeddings: bool | None = None
     pad_token_id: int | None = None
@@ -136,10 +131,6 @@ class EBTConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
-        unknown = sorted(name for name in kwargs if name.startswith(FLAT_PREFIX))
-        if unknown:
-            allowed = sorted(name for name in self.__dataclass_fields__ if name.startswith(FLAT_PREFIX))
-            raise ValueError(f"Unknown thinking option(s) {', '.join(unknown)}. Allowed: {', '.join(allowed)}.")
         if self.intermediate_size is None:
             self.intermediate_size = self.hidden_size
         if self.num_key_value_heads is None:
@@ -152,20 +143,14 @@ class EBTConfig(PreTrainedConfig):
 
     def validate_architecture(self) -> None:
         """Cross-field checks, run when the config is made and when it is saved."""
-        sizes = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
-        for name in (*sizes, "intermediate_size", "max_position_embeddings", "num_landscapes"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
-        for name, allowed in (
-            ("step_conditioning", STEP_CONDITIONINGS),
-            ("candidate_embedding", CANDIDATE_EMBEDDINGS),
-            ("candidate_anchor", CANDIDATE_ANCHORS),
-            ("candidate_init", CANDIDATE_INITS),
-            ("update", UPDATES),
-            ("loss_on_steps", LOSS_ON_STEPS),
-        ):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"`{name}` must be one of {', '.join(allowed)}, got {getattr(self, name)!r}.")
+        self.check_at_least_one("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
+        self.check_at_least_one("num_key_value_heads", "intermediate_size", "max_position_embeddings")
+        self.check_choice("step_conditioning", STEP_CONDITIONINGS)
+        self.check_choice("candidate_embedding", CANDIDATE_EMBEDDINGS)
+        self.check_choice("candidate_anchor", CANDIDATE_ANCHORS)
+        self.check_choice("candidate_init", CANDIDATE_INITS)
+        self.check_choice("update", UPDATES)
+        self.check_finite("candidate_init_std")
         if self.head_dim is None:
             raise ValueError(
                 f"`hidden_size` ({self.hidden_size}) must be a multiple of `num_attention_heads` "
@@ -191,11 +176,11 @@ class EBTConfig(PreTrainedConfig):
                 f"`tie_word_embeddings={self.tie_word_embeddings}` contradicts `candidate_embedding="
                 f"{self.candidate_embedding!r}`: tied means shared. Set only `candidate_embedding`."
             )
-        for name, lowest in (("step_size", "above 0"), ("candidate_init_std", "at least 0")):
-            value = getattr(self, name)
-            if not math.isfinite(value) or value < 0 or (value == 0 and lowest == "above 0"):
-                raise ValueError(f"`{name}` must be finite and {lowest}, got {value}.")
-        self.default_thinking()  # raises for bad thinking defaults
+
+    @property
+    def starts_at_random(self) -> bool:
+        """Whether training starts the descent at a random place."""
+        return self.candidate_init == "normal"
 
     @property
     def is_modulated(self) -> bool:
@@ -216,21 +201,6 @@ class EBTConfig(PreTrainedConfig):
     def head_width(self) -> int:
         """Width of a head [d], known even where `head_dim` was left out."""
         return self.hidden_size // self.num_attention_heads if self.head_dim is None else self.head_dim
-
-    def default_thinking(self) -> ThinkingConfig:
-        """The thinking a call gets when it says nothing."""
-        return ThinkingConfig(
-            steps=self.num_landscapes if self.thinking_steps is None else self.thinking_steps,
-            candidates=self.thinking_candidates,
-            selection="min_energy",
-            step_size_scale=1.0,
-            noise_std=self.thinking_noise_std,
-            noise_first_step_only=False,
-            accept_only_lower_energy=self.thinking_accept_only_lower_energy,
-            tolerance=self.thinking_tolerance,
-            init="mean",
-            seed=0,
-        )
 
     @classmethod
     def from_preset(cls, name: str, recipe: str = "s1", **overrides: Any) -> "EBTConfig":

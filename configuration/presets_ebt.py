@@ -56,6 +56,27 @@ RECIPES: dict[str, dict[str, Any]] = {
     },
 }
 
+# the same two for images: one landscape, one step in training, no noise (paper D.3 and the official job scripts)
+IMAGE_RECIPES: dict[str, dict[str, Any]] = {
+    "s1": {
+        "num_landscapes": 1,
+        "step_size": 3000.0,
+        "learn_step_size": True,
+        "detach_between_steps": True,
+        "loss_on_steps": "all",
+    },
+    "s2": {
+        "num_landscapes": 1,
+        "step_size": 3000.0,
+        "learn_step_size": False,
+        "detach_between_steps": False,
+        "loss_on_steps": "last",
+        "random_step_size": 2.0,
+        "random_steps": [2, 3],
+        "thinking_steps": 3,
+    },
+}
+
 
 def preset_fields(name: str) -> dict[str, int]:
     """
@@ -72,9 +93,15 @@ def preset_fields(name: str) -> dict[str, int]:
     return PRESETS[name].architecture()
 
 
+def _recipe(recipes: dict[str, dict[str, Any]], name: str) -> dict[str, Any]:
+    if name not in recipes:
+        raise ValueError(f"Unknown recipe {name!r}. Allowed: {', '.join(recipes)}.")
+    return dict(recipes[name])
+
+
 def recipe_fields(name: str) -> dict[str, Any]:
     """
-    Config fields of a training recipe.
+    Config fields of a training recipe for text.
 
     Args:
         name (`str`): `"s1"` or `"s2"`.
@@ -82,9 +109,20 @@ def recipe_fields(name: str) -> dict[str, Any]:
     Raises:
         ValueError: for an unknown name, listing the known ones.
     """
-    if name not in RECIPES:
-        raise ValueError(f"Unknown recipe {name!r}. Allowed: {', '.join(RECIPES)}.")
-    return dict(RECIPES[name])
+    return _recipe(RECIPES, name)
 
 
-__all__ = ["PRESETS", "RECIPES", "Preset", "preset_fields", "recipe_fields"]
+def image_recipe_fields(name: str) -> dict[str, Any]:
+    """
+    Config fields of a training recipe for images.
+
+    Args:
+        name (`str`): `"s1"` or `"s2"`.
+
+    Raises:
+        ValueError: for an unknown name, listing the known ones.
+    """
+    return _recipe(IMAGE_RECIPES, name)
+
+
+__all__ = ["IMAGE_RECIPES", "PRESETS", "RECIPES", "Preset", "image_recipe_fields", "preset_fields", "recipe_fields"]

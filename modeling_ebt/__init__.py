@@ -3,7 +3,14 @@
 from .descent import DescentOutput, DescentStep, descend
 from .generation import EBTGenerateBeamOutput, EBTGenerateOutput
 from .modeling_ebt import EBTForCausalLM, EBTModel, EBTPreTrainedModel
-from .outputs import EBTCausalLMOutputWithPast, EBTContext, EBTModelOutputWithPast
+from .modeling_ebt_image import EBTForImageDenoising, EBTImageModel, EBTImagePreTrainedModel
+from .outputs import (
+    EBTCausalLMOutputWithPast,
+    EBTContext,
+    EBTImageDenoisingOutput,
+    EBTImageModelOutput,
+    EBTModelOutputWithPast,
+)
 
 
 __all__ = [
@@ -12,8 +19,13 @@ __all__ = [
     "EBTCausalLMOutputWithPast",
     "EBTContext",
     "EBTForCausalLM",
+    "EBTForImageDenoising",
     "EBTGenerateBeamOutput",
     "EBTGenerateOutput",
+    "EBTImageDenoisingOutput",
+    "EBTImageModel",
+    "EBTImageModelOutput",
+    "EBTImagePreTrainedModel",
     "EBTModel",
     "EBTModelOutputWithPast",
     "EBTPreTrainedModel",

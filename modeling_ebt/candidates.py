@@ -1,4 +1,8 @@
-"""What a candidate is: distributions over a vocabulary for text. Where all V-sized arithmetic of the descent lives."""
+"""
+What a candidate is: a distribution over a vocabulary for text, the image itself for images.
+
+All V-sized arithmetic of the text descent lives here.
+"""
 
 import torch
 from torch import Tensor
@@ -58,4 +62,30 @@ class TextCandidates:
         return base - F.linear(scaled.to(table.dtype), table).float()
 
 
-__all__ = ["TextCandidates"]
+class ImageCandidates:
+    """
+    Candidates for a clean image, as the image itself: one step is `x' = x - alpha dE/dx`.
+
+    ``B`` rows, ``M`` candidates a row; images are (B, M, C, H, W).
+
+    Args:
+        dtype (`torch.dtype`): what the energy is computed in; states stay in float32.
+    """
+
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        self.dtype = dtype
+
+    def point(self, state: Tensor) -> Tensor:
+        """The image (B, M, C, H, W) is its own candidate."""
+        return state
+
+    def embed(self, point: Tensor) -> Tensor:
+        """The image (B, M, C, H, W) in the precision of the energy."""
+        return point.to(self.dtype)
+
+    def update(self, state: Tensor, point: Tensor, gradient: Tensor, step_size: Tensor | float) -> Tensor:
+        """One step along `gradient` (B, M, C, H, W), in float32."""
+        return state - step_size * gradient.float()
+
+
+__all__ = ["ImageCandidates", "TextCandidates"]

@@ -1,12 +1,16 @@
 """Checks of what a user hands in, and the way out of inference mode."""
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
+
+
+LARGEST_IMAGE_VALUE = 20.0  # six standard deviations of the noisiest image or latent, and far below 255
 
 
 def check_token_ids(token_ids: Tensor, vocab_size: int, name: str = "input_ids") -> None:
@@ -77,6 +81,52 @@ def check_labels(labels: Tensor, shape: tuple[int, ...], vocab_size: int) -> Non
         raise ValueError(f"`labels` must be below the vocabulary size {vocab_size} (or -100), got {highest}.")
 
 
+def check_images(images: Tensor, channels: int, patch_size: int) -> None:
+    """Raises for images that are no non-empty (B, C, H, W) floats, of other channels, or not cut evenly by patches."""
+    shape = tuple(images.shape)
+    if images.dim() != 4 or images.numel() == 0:
+        raise ValueError(
+            f"Images must be a non-empty tensor (images, channels, height, width), got shape {shape}. A single image "
+            "needs a first dimension of 1."
+        )
+    if not images.is_floating_point():
+        raise ValueError(
+            f"Images must be floating point numbers, got {images.dtype}. The image processor scales 0..255 to -1..1."
+        )
+    if shape[1] != channels:
+        raise ValueError(f"The model takes images of {channels} channel(s), got {shape[1]} (shape {shape}).")
+    if shape[2] % patch_size or shape[3] % patch_size:
+        raise ValueError(
+            f"Height and width must be multiples of the patch size {patch_size}, got {shape[2]} x {shape[3]}. Resize, "
+            "crop or pad the images."
+        )
+
+
+def check_image_values(images: Tensor) -> None:
+    """Raises for values that are not finite, or so large that the images cannot have been scaled."""
+    if images.device.type == "meta" or torch.compiler.is_compiling():
+        return
+    lowest, highest = (float(value) for value in torch.aminmax(images))
+    if not (math.isfinite(lowest) and math.isfinite(highest)):
+        raise ValueError("The images hold values that are not finite (NaN or infinity).")
+    largest = max(-lowest, highest)
+    if largest > LARGEST_IMAGE_VALUE:
+        raise ValueError(
+            f"The images hold values up to {largest:g}; the model takes images scaled to -1..1 (before the noise). "
+            "Use the image processor, or `images / 127.5 - 1` for 0..255."
+        )
+
+
+def check_energies(energies: Tensor, step_size: Tensor | float) -> None:
+    """Raises for energies that are not finite."""
+    if not bool(torch.isfinite(energies).all()):
+        size = float(torch.as_tensor(step_size).flatten()[0])
+        raise ValueError(
+            "The energy is not finite (NaN or infinity). The weights are broken, or the step size "
+            f"({size:g}) is far too large: try a smaller `thinking_step_size_scale`."
+        )
+
+
 def _to_normal(value: Any) -> Any:
     """Copies of tensors born in inference mode; autograd cannot use those."""
     if isinstance(value, Tensor):
@@ -105,6 +155,9 @@ def outside_inference_mode(method: Callable) -> Callable:
 
 __all__ = [
     "check_attention_mask",
+    "check_energies",
+    "check_image_values",
+    "check_images",
     "check_labels",
     "check_length",
     "check_position_ids",

@@ -10,14 +10,14 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedConfig
 from transformers.utils import logging
 
 from .configuration_ebt import EBTConfig
@@ -382,7 +382,8 @@ def config_to_official(config: Config) -> dict[str, Any]:
 
     # what does not come back the same has no place in the flags
     again = config_from_official(hparams, vocab_size=config.vocab_size)
-    for name in type(config).__annotations__:
+    general = {item.name for item in fields(PreTrainedConfig)}
+    for name in (item.name for item in fields(config) if item.name not in general):
         ours, theirs = getattr(config, name), getattr(again, name)
         if name == "thinking_steps":
             ours, theirs = config.default_thinking().steps, again.default_thinking().steps

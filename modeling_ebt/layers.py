@@ -19,6 +19,7 @@ from transformers.models.llama.modeling_llama import (
     repeat_kv,
 )
 
+from .base_ebt import EBTBaseConfig
 from .configuration_ebt import EBTConfig
 
 
@@ -33,7 +34,7 @@ def modulate(hidden: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 class EBTStepSize(nn.Module):
     """The step size [alpha]; a module of its own so that adapters and optimizers can address it."""
 
-    def __init__(self, config: EBTConfig) -> None:
+    def __init__(self, config: EBTBaseConfig) -> None:
         super().__init__()
         # shape (1,), because sharded training takes no scalar parameters
         self.value = nn.Parameter(torch.full((1,), float(config.step_size)), requires_grad=config.learn_step_size)

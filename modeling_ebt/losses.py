@@ -1,6 +1,7 @@
-"""The training objective: transformers' causal language model loss, applied to the steps of a descent."""
+"""The training objective: a loss after every step of a descent, and what training makes of them."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,27 +17,19 @@ def perplexity(mean_loss: float) -> float:
 
 class StepLosses:
     """
-    Cross-entropy after every thinking step.
+    The loss after every thinking step; subclasses say which loss.
 
     Args:
-        model (`PreTrainedModel`): whose `loss_function` is used.
-        labels (`Tensor` of shape `(B, T)`, *optional*): tokens, shifted by the loss, -100 ignored.
         loss_on_steps (`str`): `"all"` scores the mean over steps (recipe s1), `"last"` the last step (recipe s2).
-        kwargs (`dict`): `num_items_in_batch` and `shift_labels` of the loss.
     """
 
-    def __init__(
-        self, model: PreTrainedModel, labels: Tensor | None, loss_on_steps: str, kwargs: dict[str, Any]
-    ) -> None:
-        self.model = model
-        self.labels = labels
+    def __init__(self, loss_on_steps: str) -> None:
         self.loss_on_steps = loss_on_steps
-        self.kwargs = kwargs
         self.losses: list[Tensor] = []
 
-    def __call__(self, logits: Tensor) -> Tensor:
-        """Cross-entropy of logits (B, T, V)."""
-        return self.model.loss_function(logits=logits, labels=self.labels, vocab_size=logits.shape[-1], **self.kwargs)
+    def __call__(self, state: Tensor) -> Tensor:
+        """The loss of one state."""
+        raise NotImplementedError
 
     def record(self, index: int, state: Tensor, energy: Tensor) -> None:
         """Called by the descent after each step."""
@@ -50,6 +43,30 @@ class StepLosses:
         """The loss after each step (K,), detached; None when none was recorded."""
         return torch.stack(self.losses).detach() if self.losses else None
 
+
+class TextStepLosses(StepLosses):
+    """
+    Cross-entropy after every thinking step, by transformers' own causal loss.
+
+    Args:
+        model (`PreTrainedModel`): whose `loss_function` is used.
+        labels (`Tensor` of shape `(B, T)`, *optional*): tokens, shifted by the loss, -100 ignored.
+        loss_on_steps (`str`): see [`StepLosses`].
+        kwargs (`dict`): `num_items_in_batch` and `shift_labels` of the loss.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, labels: Tensor | None, loss_on_steps: str, kwargs: dict[str, Any]
+    ) -> None:
+        super().__init__(loss_on_steps)
+        self.model = model
+        self.labels = labels
+        self.kwargs = kwargs
+
+    def __call__(self, state: Tensor) -> Tensor:
+        """Cross-entropy of logits (B, T, V)."""
+        return self.model.loss_function(logits=state, labels=self.labels, vocab_size=state.shape[-1], **self.kwargs)
+
     def labelled(self, shape: torch.Size) -> Tensor | None:
         """Which positions have a label, (B, T); None when the logits cover other positions than the labels."""
         labels: Tensor | None = self.kwargs.get("shift_labels")
@@ -58,4 +75,36 @@ class StepLosses:
         return (labels != -100) if labels is not None and labels.shape == shape else None
 
 
-__all__ = ["StepLosses", "perplexity"]
+RECONSTRUCTIONS: dict[str, Callable[..., Tensor]] = {
+    "smooth_l1": F.smooth_l1_loss,
+    "mse": F.mse_loss,
+    "l1": F.l1_loss,
+}
+
+
+class ImageStepLosses(StepLosses):
+    """
+    Distance to the clean image after every thinking step.
+
+    Args:
+        clean (`Tensor` of shape `(B, C, H, W)`): what every image should become.
+        kind (`str`): `"smooth_l1"`, `"mse"` or `"l1"`.
+        loss_on_steps (`str`): see [`StepLosses`].
+        num_items (`int` or `Tensor`, *optional*): pixels of all accumulated batches, to divide the sum by; the mean
+            over this batch without it.
+    """
+
+    def __init__(self, clean: Tensor, kind: str, loss_on_steps: str, num_items: int | Tensor | None = None) -> None:
+        super().__init__(loss_on_steps)
+        self.clean = clean.float()
+        self.distance = RECONSTRUCTIONS[kind]
+        self.num_items = num_items
+
+    def __call__(self, state: Tensor) -> Tensor:
+        """Distance of images (B, C, H, W)."""
+        if self.num_items is None:
+            return self.distance(state, self.clean)
+        return self.distance(state, self.clean, reduction="sum") / self.num_items
+
+
+__all__ = ["ImageStepLosses", "StepLosses", "TextStepLosses", "perplexity"]

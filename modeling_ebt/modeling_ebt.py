@@ -15,14 +15,22 @@ from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 
 from .candidates import TextCandidates
-from .checks import check_labels, check_token_ids, outside_inference_mode
+from .checks import check_energies, check_labels, check_token_ids, outside_inference_mode
 from .configuration_ebt import EBTConfig
 from .descent import DescentOutput, DescentStep, descend, standard_normal
 from .generation import EBTGenerationMixin
 from .layers import EBTStepSize
-from .losses import StepLosses
+from .losses import TextStepLosses
 from .outputs import EBTCausalLMOutputWithPast, EBTContext
-from .thinking import Thinking, make_schedule, random_generator, resolve_thinking, select_candidate
+from .thinking import (
+    Thinking,
+    choose_candidate,
+    make_schedule,
+    pick_candidate,
+    random_generator,
+    random_step_sizes,
+    resolve_thinking,
+)
 from .thinking_ebt import ThinkingConfig
 from .transformer import EBTModel, EBTPreTrainedModel
 
@@ -119,7 +127,6 @@ class EBTForCausalLM(EBTGenerationMixin, EBTPreTrainedModel, GenerationMixin):
         """
         flat = {name: kwargs.pop(name) for name in list(kwargs) if name.startswith("thinking_")}
         resolved = resolve_thinking(self.config, thinking, flat, self.training)
-        schedule = make_schedule(resolved, self.step_size())
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -129,7 +136,7 @@ class EBTForCausalLM(EBTGenerationMixin, EBTPreTrainedModel, GenerationMixin):
             use_cache=use_cache and not (self.training and labels is not None),
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
-            num_landscapes=max(step.landscape for step in schedule) + 1,
+            num_landscapes=max(resolved.landscapes) + 1,
             need_hidden=False,
         )
         context = outputs.context
@@ -141,26 +148,28 @@ class EBTForCausalLM(EBTGenerationMixin, EBTPreTrainedModel, GenerationMixin):
             context = context.keep(slice(-logits_to_keep, None))
         batch = context.batch_size
         state = self._initial_state(batch, context, resolved, initial_candidate)
+        step_size = self.step_size()
+        if self.training:
+            step_size = random_step_sizes(self.config, step_size, (batch, state.shape[2], 1))
+        schedule = make_schedule(resolved, step_size)
         losses = None
         targets = labels if kwargs.get("shift_labels") is None else kwargs["shift_labels"]
         if targets is not None:
             check_labels(targets, (batch, state.shape[2]), state.shape[-1])
-            losses = StepLosses(self, labels, self.config.loss_on_steps, kwargs)
+            losses = TextStepLosses(self, labels, self.config.loss_on_steps, kwargs)
         result = self._think(state, context, schedule, resolved, bool(output_energies), losses)
-        logits, energies, steps_taken = select_candidate(result, resolved.selection, state.shape[1])
-        if not self.training and not bool(torch.isfinite(result.energies[-1]).all()):
-            raise ValueError(
-                "The energy is not finite (NaN or infinity). The weights are broken, or the step size "
-                f"({float(schedule[-1].step_size):g}) is far too large: try a smaller `thinking_step_size_scale`."
-            )
+        if not self.training:
+            check_energies(result.energies[-1], schedule[-1].step_size)
+        chosen = choose_candidate(result, resolved.selection, state.shape[1])
+        logits = pick_candidate(result.state, chosen)
         loss = None
         if losses is not None:
             loss = losses.objective() if self.training else losses(logits)
         return EBTCausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            energies=energies if output_energies else None,
-            steps_taken=steps_taken,
+            energies=pick_candidate(torch.stack(result.energies, dim=-1), chosen) if output_energies else None,
+            steps_taken=pick_candidate(result.steps_taken, chosen),
             step_losses=None if losses is None else losses.stacked(),
             mean_energies=_mean_energies(result, len(schedule), losses) if self.training else None,
             past_key_values=outputs.past_key_values,
@@ -276,7 +285,7 @@ class EBTForCausalLM(EBTGenerationMixin, EBTPreTrainedModel, GenerationMixin):
         schedule: list[DescentStep],
         thinking: Thinking,
         output_energies: bool,
-        losses: StepLosses | None,
+        losses: TextStepLosses | None,
     ) -> DescentOutput:
         """Descends all candidates of all positions at once; states are (B, N, V), candidate-major."""
         candidates = state.shape[1]
@@ -313,7 +322,7 @@ class EBTForCausalLM(EBTGenerationMixin, EBTPreTrainedModel, GenerationMixin):
         return attention_mask
 
 
-def _mean_energies(result: DescentOutput, steps: int, losses: StepLosses | None) -> Tensor:
+def _mean_energies(result: DescentOutput, steps: int, losses: TextStepLosses | None) -> Tensor:
     """Mean energy before each of the `K` steps over the positions with a label, (K,)."""
     energies = torch.stack([energy.detach() for energy in result.energies[:steps]])
     labelled = None if losses is None else losses.labelled(energies.shape[1:])

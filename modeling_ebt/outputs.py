@@ -106,4 +106,56 @@ class EBTCausalLMOutputWithPast(ModelOutput):
     attentions: tuple[torch.Tensor, ...] | None = None
 
 
-__all__ = ["EBTCausalLMOutputWithPast", "EBTContext", "EBTModelOutputWithPast"]
+@dataclass
+class EBTImageModelOutput(ModelOutput):
+    """
+    Output of [`EBTImageModel`]. ``B`` images, ``T`` patches, ``D`` width.
+
+    Args:
+        last_hidden_state (`torch.FloatTensor` of shape `(B, T, D)`): patches after the last layer, before its norm.
+        energies (`torch.FloatTensor` of shape `(B, T)`): the energy of every patch, row by row, in float32.
+        hidden_states (`tuple` of `(B, T, D)`, *optional*): embedded patches, then those after every layer.
+        attentions (`tuple` of `(B, H, T, T)`, *optional*): attention weights of every layer.
+    """
+
+    last_hidden_state: torch.Tensor | None = None
+    energies: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+
+
+@dataclass
+class EBTImageDenoisingOutput(ModelOutput):
+    """
+    Output of [`EBTForImageDenoising`]. ``B`` images, ``K`` thinking steps.
+
+    Args:
+        loss (`torch.FloatTensor`, *optional*):
+            With labels: in training mode the recipe's objective, in evaluation mode the distance of the final images.
+        reconstruction (`torch.FloatTensor` of shape `(B, C, H, W)`): the denoised images, not clipped, in float32.
+        energies (`torch.FloatTensor` of shape `(B, K + 1)`, *optional*):
+            With `output_energies=True`: energy of the chosen candidate before every step and after the last.
+        steps_taken (`torch.LongTensor` of shape `(B,)`): steps that moved the chosen candidate.
+        step_losses (`torch.FloatTensor` of shape `(K,)`, *optional*): the loss after each step, with labels.
+        mean_energies (`torch.FloatTensor` of shape `(K,)`, *optional*): mean energy before each step, in training
+            mode.
+        trajectory (`torch.FloatTensor` of shape `(B, K + 1, C, H, W)`, *optional*):
+            With `output_trajectory=True`: the start and the image after every step.
+    """
+
+    loss: torch.Tensor | None = None
+    reconstruction: torch.Tensor | None = None
+    energies: torch.Tensor | None = None
+    steps_taken: torch.Tensor | None = None
+    step_losses: torch.Tensor | None = None
+    mean_energies: torch.Tensor | None = None
+    trajectory: torch.Tensor | None = None
+
+
+__all__ = [
+    "EBTCausalLMOutputWithPast",
+    "EBTContext",
+    "EBTImageDenoisingOutput",
+    "EBTImageModelOutput",
+    "EBTModelOutputWithPast",
+]

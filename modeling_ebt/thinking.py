@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .configuration_ebt import EBTConfig
+from .base_ebt import EBTBaseConfig
 from .descent import DescentOutput, DescentStep
 from .thinking_ebt import ThinkingConfig
 
@@ -37,13 +37,13 @@ class Thinking:
 
 
 def resolve_thinking(
-    config: EBTConfig, thinking: ThinkingConfig | dict[str, Any] | None, flat: dict[str, Any], training: bool
+    config: EBTBaseConfig, thinking: ThinkingConfig | dict[str, Any] | None, flat: dict[str, Any], training: bool
 ) -> Thinking:
     """
     This call's options over the config's defaults. In training there is one candidate, and torch's own randomness.
 
     Args:
-        config ([`EBTConfig`]): gives the defaults and the number of landscapes.
+        config ([`EBTBaseConfig`]): gives the defaults and the number of landscapes.
         thinking ([`ThinkingConfig`] or `dict`, *optional*): options of the call.
         flat (`dict`): options of the call under their flat names; they win.
         training (`bool`): whether the model is in training mode.
@@ -61,9 +61,9 @@ def resolve_thinking(
                 "`model.eval()` first."
             )
         defaults = ThinkingConfig(
-            steps=defaults.steps,
-            noise_std=defaults.noise_std,
-            init="normal" if config.candidate_init == "normal" else "mean",
+            steps=_training_steps(config, defaults.steps),
+            noise_std=config.thinking_noise_std,
+            init="normal" if config.starts_at_random else "mean",
             seed=-1,
         )
     wanted = called.merged_over(defaults)
@@ -95,13 +95,36 @@ def resolve_thinking(
     )
 
 
+def _training_steps(config: EBTBaseConfig, default: int | None) -> int | None:
+    """The number of steps of one batch in training."""
+    if config.random_steps is None:
+        return default
+    fewest, most = config.random_steps
+    return int(torch.randint(fewest, most + 1, (1,)))
+
+
+def random_step_sizes(config: EBTBaseConfig, step_size: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """
+    The step size of every candidate in training: uniform between [alpha] / s and [alpha] s, s = `random_step_size`.
+
+    Args:
+        config ([`EBTBaseConfig`]): gives s.
+        step_size (`Tensor` of shape `(1,)`): the model's own step size [alpha].
+        shape (`tuple[int]`): that of the draws; broadcasts against the gradient.
+    """
+    spread = float(config.random_step_size)
+    if spread == 1:
+        return step_size
+    return step_size * (1 / spread + torch.rand(shape, device=step_size.device) * (spread - 1 / spread))
+
+
 def make_schedule(thinking: Thinking, step_size: Tensor) -> list[DescentStep]:
     """
     One [`DescentStep`] for every thinking step.
 
     Args:
         thinking ([`Thinking`]): what the call does.
-        step_size (`Tensor` of shape `(1,)`): the model's own step size [alpha].
+        step_size (`Tensor`): the model's own step size [alpha], (1,) or one for each candidate.
     """
     size = step_size if thinking.step_size is None else thinking.step_size
     return [
@@ -110,38 +133,37 @@ def make_schedule(thinking: Thinking, step_size: Tensor) -> list[DescentStep]:
     ]
 
 
-def select_candidate(result: DescentOutput, selection: str, candidates: int) -> tuple[Tensor, Tensor, Tensor]:
+def choose_candidate(result: DescentOutput, selection: str, candidates: int) -> Tensor | None:
     """
-    The chosen candidate of every position (self-verification, Alg. 2).
+    Which candidate of every position to keep (self-verification, Alg. 2).
 
     Args:
-        result ([`DescentOutput`]): of candidates (B, M T), candidate-major.
+        result ([`DescentOutput`]): of candidates (B, M T), candidate-major, with the energy after the last step.
         selection (`str`): `"min_energy"`, `"max_gap"` or `"max_energy"`.
         candidates (`int`): M.
 
     Returns:
-        Logits (B, T, V), energies (B, T, K or K + 1) and steps taken (B, T).
+        `torch.LongTensor` of shape `(B, M, T)` with the same index along M for [`pick_candidate`]; `None` for M = 1.
     """
-    energies = torch.stack(result.energies, dim=-1)
     if candidates == 1:
-        return result.state, energies, result.steps_taken
-    energies = energies.unflatten(1, (candidates, -1))
+        return None
+    first, last = (energies.unflatten(1, (candidates, -1)) for energies in (result.energies[0], result.energies[-1]))
     if selection == "min_energy":
-        chosen = energies[..., -1].argmin(1)
+        chosen = last.argmin(1, keepdim=True)
     elif selection == "max_energy":
-        chosen = energies[..., -1].argmax(1)
+        chosen = last.argmax(1, keepdim=True)
     else:
-        chosen = (energies[..., 0] - energies[..., -1]).argmax(1)
+        chosen = (first - last).argmax(1, keepdim=True)
+    return chosen.expand(-1, candidates, -1)
 
-    def pick(tensor: Tensor) -> Tensor:
-        index = chosen.reshape(chosen.shape[0], 1, chosen.shape[1], *(1,) * (tensor.dim() - 3))
-        return tensor.gather(1, index.expand(-1, -1, -1, *tensor.shape[3:])).squeeze(1)
 
-    return (
-        pick(result.state.unflatten(1, (candidates, -1))),
-        pick(energies),
-        pick(result.steps_taken.unflatten(1, (candidates, -1))),
-    )
+def pick_candidate(tensor: Tensor, chosen: Tensor | None) -> Tensor:
+    """Of a tensor (B, M T, ...) what belongs to the candidates chosen by [`choose_candidate`], (B, T, ...)."""
+    if chosen is None:
+        return tensor
+    tensor = tensor.unflatten(1, chosen.shape[1:])
+    index = chosen[:, :1].reshape(chosen.shape[0], 1, chosen.shape[2], *(1,) * (tensor.dim() - 3))
+    return tensor.gather(1, index.expand(-1, -1, -1, *tensor.shape[3:])).squeeze(1)
 
 
 def random_generator(thinking: Thinking, device: torch.device, offset: int = 0) -> torch.Generator | None:
@@ -151,4 +173,12 @@ def random_generator(thinking: Thinking, device: torch.device, offset: int = 0) 
     return torch.Generator(device).manual_seed(thinking.seed * 1_000_003 + offset)
 
 
-__all__ = ["Thinking", "make_schedule", "random_generator", "resolve_thinking", "select_candidate"]
+__all__ = [
+    "Thinking",
+    "choose_candidate",
+    "make_schedule",
+    "pick_candidate",
+    "random_generator",
+    "random_step_sizes",
+    "resolve_thinking",
+]

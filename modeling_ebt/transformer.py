@@ -10,8 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding
@@ -30,29 +29,17 @@ from .masks import (
     with_step_row,
 )
 from .outputs import EBTContext, EBTModelOutputWithPast
+from .pretrained import EBTBasePreTrainedModel
 
 
-class EBTPreTrainedModel(PreTrainedModel):
+class EBTPreTrainedModel(EBTBasePreTrainedModel):
     """Loading, saving and initialisation shared by the text models."""
 
     config: EBTConfig
     config_class = EBTConfig
     base_model_prefix = "model"
-    supports_gradient_checkpointing = True
     _no_split_modules = ["EBTDecoderLayer"]
     _skip_keys_device_placement = ["past_key_values", "context"]
-    _supports_sdpa = True
-    # fused kernels other than sdpa's have no path for the second stream
-    _supports_flash_attn = False
-    _supports_flex_attn = False
-    _supports_attention_backend = False
-
-    def _set_gradient_checkpointing(
-        self, enable: bool = True, gradient_checkpointing_func: Callable = checkpoint, **kwargs: Any
-    ) -> None:
-        # the reentrant kind refuses functions that take a gradient themselves, as every thinking step does
-        function = functools.partial(gradient_checkpointing_func, use_reentrant=False)
-        super()._set_gradient_checkpointing(enable, function, **kwargs)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
