@@ -258,6 +258,25 @@ class Replay:
         return draw.to(device=device, dtype=dtype)
 
 
+def replay_training(monkeypatch: Any, case: Case, variant: str) -> None:
+    """Replays every draw of a recorded training step: noise, step sizes, and steps where the model draws those."""
+    from ebt_transformers.modeling_ebt import descent, thinking
+
+    run = f"train.{variant}"
+    sizes, steps = case.draws(run, "rand_like"), training_landscapes(case, variant)
+
+    def uniform(shape: tuple[int, ...], device: torch.device) -> Tensor:
+        return sizes.pop(0).view(shape).to(device)
+
+    def integer(lowest: int, beyond: int, shape: tuple[int, ...]) -> Tensor:
+        assert steps is not None and lowest <= len(steps) < beyond
+        return torch.full(shape, len(steps))
+
+    monkeypatch.setattr(descent, "standard_normal", Replay(case.draws(run, "randn_like")))
+    monkeypatch.setattr(thinking.torch, "rand", uniform)
+    monkeypatch.setattr(thinking.torch, "randint", integer)
+
+
 def write_report() -> None:
     """Writes `RATIOS` as a Markdown table to the file the environment variable EBT_PARITY_REPORT names."""
     target = os.environ.get("EBT_PARITY_REPORT")

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from ebt_transformers import EBTForCausalLM, ThinkingConfig
 from ebt_transformers.modeling_ebt import conversion_ebt as conversion
+from ebt_transformers.modeling_ebt import conversion_ebt_text as text_conversion
 from ebt_transformers.modeling_ebt import descent
 
 
@@ -60,6 +61,12 @@ def replay(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[Tensor]], None]:
         monkeypatch.setattr(descent, "standard_normal", parity.Replay(draws))
 
     return set_draws
+
+
+@pytest.fixture
+def replay_training(monkeypatch: pytest.MonkeyPatch) -> Callable[[Case, str], None]:
+    """Makes everything random in a training step what it was in the recorded one."""
+    return lambda case, variant: parity.replay_training(monkeypatch, case, variant)
 
 
 def official_gradients(model: Any) -> dict[str, Tensor]:
@@ -187,19 +194,18 @@ def test_states_of_the_default_advanced_inference_agree(case: Case) -> None:
 
 
 @pytest.mark.parametrize(("case", "variant"), VARIANTS, ids=parity.identifier)
-def test_training_loss_and_every_parameter_gradient_agree(case: Case, variant: str, replay: Callable) -> None:
-    if case.hparams["randomize_mcmc_step_size_scale"] != 1:
-        pytest.skip("random step sizes in training are not part of the model")
+def test_training_loss_and_every_parameter_gradient_agree(case: Case, variant: str, replay_training: Callable) -> None:
     recorded = case.info["grad_variants"][variant]
     model = case.model(**recorded["hparams"]).train()
-    replay(case.draws(f"train.{variant}", "randn_like"))
-    landscapes = parity.training_landscapes(case, variant)
+    replay_training(case, variant)
+    # where each landscape is walked a random number of times, that number has to be said
+    said = None if model.config.random_steps is not None else parity.training_landscapes(case, variant)
     output = model(
         case.inputs,
         initial_candidate=case.io["initial_candidate"],
         labels=case.targets,
         shift_labels=case.targets,
-        thinking=None if landscapes is None else {"landscapes": landscapes},
+        thinking=None if said is None else {"landscapes": said},
     )
     check_losses(case, output, recorded)
     output.loss.backward()
@@ -383,7 +389,8 @@ def test_unsupported_option_raises_naming_flag_value_and_what_is_allowed(
 
 
 def test_every_limit_is_tried() -> None:
-    assert set(conversion.LIMITS) < set(UNSUPPORTED_VALUES)
+    limits = {**text_conversion.LIMITS, **text_conversion.TIME_EMBED_LIMITS}
+    assert set(limits) < set(UNSUPPORTED_VALUES)
 
 
 @pytest.mark.parametrize("flag", ["modality", "embedding_dim", "context_length", "ebt_type", "mcmc_num_steps"])
