@@ -203,15 +203,22 @@ def _print_energies(tokens: list[dict[str, Any]]) -> None:
 
 
 def _train(argv: list[str]) -> int:
-    kinds = {"clm": "a causal language model, or its Transformer++ twin, on text"}
+    kinds = {
+        "clm": "a causal language model, or its Transformer++ twin, on text",
+        "denoise": "a model that denoises images, or its Diffusion Transformer twin",
+    }
     if not argv or argv[0] in ("-h", "--help"):
         print("usage: ebt train KIND [options]\n")
         print("\n".join(f"  {name:10} {summary}" for name, summary in kinds.items()))
         print("\n`ebt train KIND --help` lists the options.")
         return 0 if argv else USAGE_ERROR
     if argv[0] not in kinds:
-        raise ValueError(f"Unknown kind of training {argv[0]!r}. Allowed: clm.{_nearest(argv[0], list(kinds))}")
-    from .training.run_clm import main as run
+        allowed = ", ".join(kinds)
+        raise ValueError(f"Unknown kind of training {argv[0]!r}. Allowed: {allowed}.{_nearest(argv[0], list(kinds))}")
+    if argv[0] == "denoise":
+        from .training.run_denoise import main as run
+    else:
+        from .training.run_clm import main as run
 
     run(argv[1:])
     return 0
@@ -285,7 +292,7 @@ class Command:
 COMMANDS = {
     "demo": Command("what thinking does, on the embedded model", _demo),
     "generate": Command("continue a text", _generate),
-    "train": Command("train a model (ebt train clm)", _train, own_debug=True),
+    "train": Command("train a model (ebt train clm, ebt train denoise)", _train, own_debug=True),
     "convert": Command("turn an official checkpoint into one that from_pretrained() loads", _convert),
     "benchmark": Command("run a benchmark of this repository", _benchmark, own_debug=True),
     "env": Command("versions for a bug report", _env),

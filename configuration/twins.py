@@ -1,10 +1,11 @@
-"""The Transformer++ twin: the ordinary language model of the same shape an EBT is compared with."""
+"""Twins: the ordinary models of the same shape that EBTs are compared with."""
 
 from typing import Any
 
 from transformers import LlamaConfig
 
 from .configuration_ebt import EBTConfig
+from .configuration_ebt_image import EBTImageConfig
 from .presets_ebt import preset_fields
 
 
@@ -46,4 +47,51 @@ def transformer_pp_config(preset: str | EBTConfig, **overrides: Any) -> LlamaCon
     return LlamaConfig(**{**values, **overrides})
 
 
-__all__ = ["transformer_pp_config"]
+def dit_twin_config(config: EBTImageConfig, **overrides: Any) -> dict[str, Any]:
+    """
+    The Diffusion Transformer twin of an [`EBTImageConfig`]: the same width, depth, heads, patches and channels. The
+    feed-forward layers of diffusers' DiT are always 4 times the width; those of an EBT with
+    `intermediate_size = 4 * hidden_size` are, too.
+
+    Args:
+        config ([`EBTImageConfig`]): the config to take the shape from.
+        overrides: any other argument of `diffusers.DiTTransformer2DModel`, which wins.
+
+    Returns:
+        `dict` of keyword arguments for `diffusers.DiTTransformer2DModel`.
+
+    Raises:
+        ValueError: for an image that is not square, which diffusers' DiT cannot take.
+
+    Example:
+
+    ```python
+    >>> from ebt_transformers import EBTImageConfig
+    >>> from ebt_transformers.configuration.twins import dit_twin_config
+
+    >>> config = EBTImageConfig.from_preset("4xs", image_size=32, patch_size=4)
+    >>> values = dit_twin_config(config)
+    >>> values["sample_size"], values["num_layers"], values["attention_head_dim"]
+    (32, 2, 64)
+    ```
+    """
+    height, width = config.height_and_width
+    if height != width:
+        raise ValueError(f"The DiT twin takes square images only, got `image_size` {height} x {width}.")
+    values: dict[str, Any] = {
+        "num_attention_heads": config.num_attention_heads,
+        "attention_head_dim": config.hidden_size // config.num_attention_heads,
+        "num_layers": config.num_hidden_layers,
+        "in_channels": config.num_channels,
+        "out_channels": config.num_channels,
+        "sample_size": height,
+        "patch_size": config.patch_size,
+        "norm_eps": config.layer_norm_eps,
+        "norm_type": "ada_norm_zero",
+        # no classes: label 0 is then the "no class" of guidance, and training drops no labels
+        "num_embeds_ada_norm": 0,
+    }
+    return {**values, **overrides}
+
+
+__all__ = ["dit_twin_config", "transformer_pp_config"]

@@ -1,12 +1,15 @@
 """`EBTTrainingArguments`: the Trainer's options with the paper's defaults, and what only energy-based models need."""
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from transformers import TrainingArguments
 
 
 AVAILABLE_RECIPES = ("s1",)
+IMAGE_RECIPES = ("s1", "s2")
 DEFAULT_LEARNING_RATE = 1.2e-3  # the paper's smallest published size, xxs
+IMAGE_LEARNING_RATE = 1e-4  # the paper's for images, whatever the size
 MINIMUM_LEARNING_RATE_SHARE = 0.1  # cosine down to a tenth
 
 
@@ -57,6 +60,9 @@ class EBTTrainingArguments(TrainingArguments):
     ```
     """
 
+    recipes: ClassVar[tuple[str, ...]] = AVAILABLE_RECIPES
+    default_learning_rate: ClassVar[float] = DEFAULT_LEARNING_RATE
+
     # redeclared parent options: other defaults, same meaning
     learning_rate: float | None = field(
         default=None,
@@ -98,7 +104,7 @@ class EBTTrainingArguments(TrainingArguments):
     def __post_init__(self) -> None:
         self.learning_rate_is_default = self.learning_rate is None
         if self.learning_rate is None:
-            self.learning_rate = DEFAULT_LEARNING_RATE
+            self.learning_rate = self.default_learning_rate
         self._check_recipe()
         if self.step_size_lr_multiplier is not None and not self.step_size_lr_multiplier > 0:
             raise ValueError(
@@ -115,13 +121,13 @@ class EBTTrainingArguments(TrainingArguments):
             self.lr_scheduler_kwargs = options
 
     def _check_recipe(self) -> None:
-        if self.recipe == "s2":
+        if self.recipe == "s2" and "s2" not in self.recipes:
             raise ValueError(
                 "`recipe='s2'` (training for long thinking: replay buffer, noise, random steps) is not available "
                 "in this version. Allowed: s1."
             )
-        if self.recipe not in AVAILABLE_RECIPES:
-            raise ValueError(f"`recipe` must be one of {', '.join(AVAILABLE_RECIPES)}, got {self.recipe!r}.")
+        if self.recipe not in self.recipes:
+            raise ValueError(f"`recipe` must be one of {', '.join(self.recipes)}, got {self.recipe!r}.")
 
     def _prepare_early_stopping(self) -> None:
         if self.early_stopping_patience is None:
@@ -154,4 +160,50 @@ class EBTTrainingArguments(TrainingArguments):
         self.restore_callback_states_from_checkpoint = True
 
 
-__all__ = ["AVAILABLE_RECIPES", "DEFAULT_LEARNING_RATE", "EBTTrainingArguments"]
+@dataclass
+class EBTImageTrainingArguments(EBTTrainingArguments):
+    r"""
+    [`EBTTrainingArguments`] for images: the learning rate is 1e-4 whatever the size (paper D.3), and recipe s2 can be
+    trained (random step sizes and numbers of steps are options of the model's config).
+
+    Args:
+        learning_rate (`float`, *optional*): base learning rate; 1e-4 by default.
+        recipe (`str`, *optional*, defaults to `"s1"`): `"s1"` scores the image after every step, `"s2"`
+            after the last.
+
+    Raises:
+        ValueError: as [`EBTTrainingArguments`].
+
+    Example:
+
+    ```python
+    >>> from ebt_transformers.training.arguments import EBTImageTrainingArguments
+
+    >>> EBTImageTrainingArguments(output_dir="runs/images", recipe="s2").learning_rate
+    0.0001
+    ```
+    """
+
+    recipes: ClassVar[tuple[str, ...]] = IMAGE_RECIPES
+    default_learning_rate: ClassVar[float] = IMAGE_LEARNING_RATE
+
+    learning_rate: float | None = field(
+        default=None, metadata={"help": "Base learning rate. Default: 1e-4, the paper's for images."}
+    )
+    weight_decay: float | None = field(  # type: ignore[assignment]
+        default=None,
+        metadata={"help": "AdamW weight decay of matrices and embeddings. Default: 0.01; 0 with --twin (the paper)."},
+    )
+    recipe: str = field(
+        default="s1",
+        metadata={"help": "How thinking is trained: s1 scores every step, s2 the last (random steps and step sizes)."},
+    )
+
+    def __post_init__(self) -> None:
+        self.weight_decay_is_default = self.weight_decay is None
+        if self.weight_decay is None:
+            self.weight_decay = 0.01
+        super().__post_init__()
+
+
+__all__ = ["AVAILABLE_RECIPES", "DEFAULT_LEARNING_RATE", "EBTImageTrainingArguments", "EBTTrainingArguments"]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:
+    from torch import nn
     from transformers import Trainer
 
 
@@ -44,12 +45,21 @@ TEMPLATE = """---
 ## Use
 
 ```python
-{% if thinks %}import ebt_transformers  # registers the model type
+{% if image and thinks %}import ebt_transformers  # registers the model type and the pipeline
+from transformers import pipeline
+
+denoise = pipeline("image-denoising", model="{{ location }}")
+denoise("noisy.png", thinking_steps=3)
+{% elif image %}from ebt_transformers.training.dit_twin import ddim_denoise, load_dit
+
+dit, scheduler = load_dit("{{ location }}")
+images = ddim_denoise(dit, noisy, scheduler, start_timestep=99, num_steps=100)  # noisy: (B, C, H, W), -1..1
+{% else %}{% if thinks %}import ebt_transformers  # registers the model type
 {% endif %}from transformers import pipeline
 
 generate = pipeline("text-generation", model="{{ location }}")
 print(generate("Once", max_new_tokens=50{{ ", thinking_steps=4" if thinks else "" }}))
-```
+{% endif %}```
 
 ## Results
 
@@ -57,8 +67,7 @@ print(generate("Once", max_new_tokens=50{{ ", thinking_steps=4" if thinks else "
 |---|---|
 {% for name, value in results %}| {{ name }} | {{ value }} |
 {% endfor %}
-The loss is the mean cross-entropy per token in nats{{ ", of the prediction after the last thinking step" if thinks }};
-perplexity is its exponential.
+{{ explanation }}
 {% if curve %}
 | step | {{ curve_names | join(" | ") }} |
 |{{ "---|" * (curve_names | length + 1) }}
@@ -83,10 +92,16 @@ perplexity is its exponential.
 {% for name, value in versions %}- {{ name }} {{ value }}
 {% endfor %}"""
 
-_CURVE = ("loss", "initial_loss", "final_loss", "energy_gap", "step_size", "eval_loss", "eval_perplexity")
+_CURVE = (
+    *("loss", "initial_loss", "final_loss", "energy_gap", "step_size"),
+    *("eval_loss", "eval_perplexity", "eval_psnr"),
+)
 _CURVE_ROWS = 20
 _ARCHITECTURE = (
     "vocab_size",
+    "image_size",
+    "patch_size",
+    "num_channels",
     "hidden_size",
     "intermediate_size",
     "num_hidden_layers",
@@ -96,7 +111,17 @@ _ARCHITECTURE = (
     "num_landscapes",
     "candidate_embedding",
     "update",
+    "image_conditioning",
+    "candidate_init",
+    "reconstruction_loss",
+    "vae_name_or_path",
 )
+_METRICS = {"perplexity": "text-generation", "psnr": "image-to-image"}  # of evaluations, with their tasks
+
+
+def is_image_model(model: "nn.Module") -> bool:
+    """Whether a model takes images and predicts images."""
+    return getattr(model, "main_input_name", None) == "pixel_values"
 
 
 def _number(value: Any) -> str:
@@ -130,14 +155,14 @@ def _curve(history: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
     return names, [[str(step), *(_number(by_step[step].get(name, "")) for name in names)] for step in shown]
 
 
-def _training_facts(trainer: "Trainer", facts: RunFacts, thinks: bool) -> list[tuple[str, Any]]:
+def _training_facts(trainer: "Trainer", facts: RunFacts, thinks: bool, unit: str) -> list[tuple[str, Any]]:
     args, state = trainer.args, trainer.state
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     rows: list[tuple[str, Any]] = [("data", facts.data or "not recorded")]
     if thinks:
         rows.append(("recipe", getattr(args, "recipe", "s1")))
     rows += [
-        ("steps", f"{state.global_step} of {state.max_steps}, {batch} sequences each"),
+        ("steps", f"{state.global_step} of {state.max_steps}, {batch} {unit} each"),
         (
             "optimiser",
             f"{args.optim.value}, weight decay {args.weight_decay}, gradient norm at most {args.max_grad_norm}",
@@ -149,6 +174,23 @@ def _training_facts(trainer: "Trainer", facts: RunFacts, thinks: bool) -> list[t
         rows.append(("learning rate of the step size", _number(learns())))
     rows += [("seed", args.seed), ("precision", args.mixed_precision if args.mixed_precision != "no" else "fp32")]
     return rows
+
+
+def _explanation(thinks: bool, image: bool, config: Any) -> str:
+    """What the numbers of a card mean."""
+    if not image:
+        after = ", of the prediction after the last thinking step" if thinks else ""
+        return f"The loss is the mean cross-entropy per token in nats{after};\nperplexity is its exponential."
+    if not thinks:
+        return "The loss is the mean squared error of the predicted noise."
+    kind = {"smooth_l1": "smooth L1 distance", "mse": "squared error", "l1": "absolute error"}[
+        config.reconstruction_loss
+    ]
+    of_what = "latents" if config.vae_name_or_path else "pixels (-1..1)"
+    return (
+        f"The loss is the mean {kind} of {of_what} after the last thinking step. PSNR is the mean over images, on\n"
+        "pixels clamped to 0..255. Every image has the same noise in every evaluation."
+    )
 
 
 def write_model_card(trainer: "Trainer", folder: str | Path, **card_data: Any) -> Path:
@@ -169,6 +211,9 @@ def write_model_card(trainer: "Trainer", folder: str | Path, **card_data: Any) -
     given = {name: value for name, value in card_data.items() if value is not None}
     config = getattr(trainer.model, "config", None)
     thinks = hasattr(config, "num_landscapes")
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    image = is_image_model(model)
+    task = "image-to-image" if image else "text-generation"
     history = trainer.state.log_history
     title = given.get("model_name") or Path(folder).resolve().name
     results: list[tuple[str, Any]] = []
@@ -179,8 +224,10 @@ def write_model_card(trainer: "Trainer", folder: str | Path, **card_data: Any) -
         "final_loss": "training loss after the last thinking step, at the end",
         "eval_loss": "validation loss",
         "eval_perplexity": "validation perplexity",
+        "eval_psnr": "validation PSNR in dB",
         "test_loss": "test loss",
         "test_perplexity": "test perplexity",
+        "test_psnr": "test PSNR in dB",
     }
     dataset = given.get("dataset") or facts.dataset or facts.data or "not recorded"
     for name, label in labels.items():
@@ -188,16 +235,17 @@ def write_model_card(trainer: "Trainer", folder: str | Path, **card_data: Any) -
         if value is None:
             continue
         results.append((label, _number(value)))
-        if name in ("eval_perplexity", "test_perplexity"):
-            split = "validation" if name.startswith("eval") else "test"
+        prefix, metric = name.split("_", 1)
+        if metric in _METRICS:
+            split = "validation" if prefix == "eval" else "test"
             evaluated.append(
                 EvalResult(
-                    task_type="text-generation",
-                    dataset_type=str(facts.dataset or "text"),
+                    task_type=_METRICS[metric],
+                    dataset_type=str(facts.dataset or ("images" if image else "text")),
                     dataset_name=str(dataset),
                     dataset_split=split,
-                    metric_type="perplexity",
-                    metric_name=f"{split} perplexity",
+                    metric_type=metric,
+                    metric_name=f"{split} {metric}",
                     metric_value=float(value),
                 )
             )
@@ -208,7 +256,7 @@ def write_model_card(trainer: "Trainer", folder: str | Path, **card_data: Any) -
     data = ModelCardData(
         model_name=title,
         library_name="transformers",
-        pipeline_tag=given.get("tasks") if isinstance(given.get("tasks"), str) else "text-generation",
+        pipeline_tag=given.get("tasks") if isinstance(given.get("tasks"), str) else task,
         language=given.get("language"),
         license=given.get("license") or facts.license,
         base_model=given.get("finetuned_from") or facts.base_model,
@@ -217,8 +265,19 @@ def write_model_card(trainer: "Trainer", folder: str | Path, **card_data: Any) -
         eval_results=evaluated or None,
         ignore_metadata_errors=True,
     )
-    kind = type(trainer.accelerator.unwrap_model(trainer.model)).__name__
-    if thinks:
+    kind = type(model).__name__
+    explanation = _explanation(thinks, image, config)
+    if thinks and image:
+        summary = (
+            f"An Energy-Based Transformer (`{kind}`, arXiv 2507.02092): it gives every image an energy and denoises "
+            "by lowering it, one gradient step per thinking step."
+        )
+    elif image:
+        summary = (
+            "A Diffusion Transformer trained to predict noise, the twin an Energy-Based Transformer is compared with "
+            "(arXiv 2507.02092)."
+        )
+    elif thinks:
         summary = (
             f"An Energy-Based Transformer (`{kind}`, arXiv 2507.02092): it gives every continuation an energy and "
             "predicts by lowering it, one gradient step per thinking step."
@@ -233,10 +292,12 @@ def write_model_card(trainer: "Trainer", folder: str | Path, **card_data: Any) -
         summary=summary,
         location=title,
         thinks=thinks,
+        image=image,
+        explanation=explanation,
         results=results,
         curve_names=names,
         curve=rows,
-        training=_training_facts(trainer, facts, thinks),
+        training=_training_facts(trainer, facts, thinks, "images" if image else "sequences"),
         command=facts.command,
         notes=facts.notes,
         model=[
@@ -250,4 +311,4 @@ def write_model_card(trainer: "Trainer", folder: str | Path, **card_data: Any) -
     return path
 
 
-__all__ = ["RunFacts", "write_model_card"]
+__all__ = ["RunFacts", "is_image_model", "write_model_card"]

@@ -13,15 +13,24 @@ The same command started again goes on from its last checkpoint. At the end the 
 and test data there is (`all_results.json`), and saved with tokenizer, generation config and model card.
 """
 
-import os
 import shlex
 import sys
-from argparse import RawDescriptionHelpFormatter
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import MISSING, dataclass, field, fields
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
+
+from .script import (
+    Refusal,
+    RunArguments,
+    as_flags,
+    finished_weights,
+    given_options,
+    parse_command_line,
+    parse_overrides,
+    refusing_bad_values,
+    say,
+    start_point,
+    wanted_phases,
+)
 
 
 if TYPE_CHECKING:
@@ -160,196 +169,54 @@ class DataArguments:
     preprocessing_num_workers: int | None = field(default=None, metadata={"help": "Processes that tokenize."})
 
 
-@dataclass
-class RunArguments:
-    """How the script treats its output folder."""
-
-    overwrite: bool = field(
-        default=False,
-        metadata={"help": "Start afresh in an output folder with other content; removes the checkpoints in it."},
-    )
-
-
-class _Refusal(SystemExit):
-    """An error of the user's input: the message alone, no traceback."""
-
-
-@contextmanager
-def _refusing_bad_values() -> Iterator[None]:
-    """Errors about what the user asked for need no traceback either."""
-    from huggingface_hub.errors import StrictDataclassError
-
-    try:
-        yield
-    except StrictDataclassError as error:  # a config's own check is its cause
-        raise _Refusal(f"{error.__cause__ or error}") from error
-    except (ValueError, TypeError, FileNotFoundError, ImportError) as error:
-        raise _Refusal(f"{error}") from error
-
-
 # ---- command line ----------------------------------------------------------------------------------------------
 
 
-def _parse(argv: list[str]) -> tuple[ModelArguments, DataArguments, RunArguments, "EBTTrainingArguments"]:
-    """Parses the command line. `--help` answers without importing torch."""
-    from transformers.hf_argparser import HfArgumentParser
-
-    own = (ModelArguments, DataArguments, RunArguments)
-    look: dict[str, Any] = {"description": __doc__, "formatter_class": RawDescriptionHelpFormatter}
-    if "-h" in argv or "--help" in argv:
-        parser = HfArgumentParser(own, usage="ebt train clm [options]", **look)
-        parser.epilog = (
-            "Every option of transformers.TrainingArguments works too (--output_dir, --max_steps, --learning_rate, "
-            "--per_device_train_batch_size, --resume_from_checkpoint auto, --bf16, ...), with --recipe, "
-            "--step_size_lr_multiplier and --early_stopping_patience. --help_all lists them all."
-        )
-        parser.parse_args(["--help"])
+def _training_class() -> "type[EBTTrainingArguments]":
     from .arguments import EBTTrainingArguments
 
-    parser = HfArgumentParser((*own, EBTTrainingArguments), prog="ebt train clm", **look)
-    if "--help_all" in argv:
-        parser.parse_args(["--help"])
-    with _refusing_bad_values():
-        return parser.parse_args_into_dataclasses(argv)
-
-
-def _say(message: str) -> None:
-    """Tells the user, once however many processes there are."""
-    if int(os.environ.get("RANK", "0")) == 0:
-        print(message, flush=True)
-
-
-def _given(arguments: Any, names: tuple[str, ...]) -> list[str]:
-    """Which of the options differ from their default."""
-    defaults = {item.name: item.default if item.default is not MISSING else None for item in fields(arguments)}
-    return [name for name in names if getattr(arguments, name) != defaults[name]]
-
-
-def _flags(names: list[str]) -> str:
-    return ", ".join(f"--{name}" for name in names)
+    return EBTTrainingArguments
 
 
 def _check_arguments(model: ModelArguments, data: DataArguments, training: "EBTTrainingArguments") -> None:
     """Refuses combinations of which one half would be ignored."""
     if model.model_name_or_path is not None:
-        unused = _given(model, ("preset", "twin", "config_overrides", *EBT_ONLY))
+        unused = given_options(model, ("preset", "twin", "config_overrides", *EBT_ONLY))
         if unused:
-            raise _Refusal(
-                f"{_flags(unused)} would change the architecture of {model.model_name_or_path}, which is trained "
+            raise Refusal(
+                f"{as_flags(unused)} would change the architecture of {model.model_name_or_path}, which is trained "
                 "further as it is. Leave them out, or leave --model_name_or_path out for a new model."
             )
     if model.twin:
-        unused = _given(model, EBT_ONLY)
+        unused = given_options(model, EBT_ONLY)
         if training.step_size_lr_multiplier is not None:
             unused.append("step_size_lr_multiplier")
         if unused:
-            raise _Refusal(
-                f"{_flags(unused)} means nothing to the twin, which does not think. Leave out one or the other."
+            raise Refusal(
+                f"{as_flags(unused)} means nothing to the twin, which does not think. Leave out one or the other."
             )
-    files = _given(data, ("train_file", "validation_file", "test_file"))
+    files = given_options(data, ("train_file", "validation_file", "test_file"))
     if data.dataset_name is not None and files:
-        raise _Refusal(f"--dataset_name and {_flags(files)} both name the data. Give one of them.")
+        raise Refusal(f"--dataset_name and {as_flags(files)} both name the data. Give one of them.")
     if files and data.train_file is None:
-        raise _Refusal(f"{_flags(files)} needs --train_file.")
+        raise Refusal(f"{as_flags(files)} needs --train_file.")
     if data.dataset_config_name is not None and data.dataset_name is None:
-        raise _Refusal("--dataset_config_name needs --dataset_name.")
+        raise Refusal("--dataset_config_name needs --dataset_name.")
     if data.shuffle_buffer_size < 0:
-        raise _Refusal(f"--shuffle_buffer_size must be at least 0, got {data.shuffle_buffer_size}.")
-    if not data.streaming and _given(data, ("shuffle_buffer_size",)):
-        raise _Refusal("--shuffle_buffer_size needs --streaming; otherwise all rows are shuffled.")
+        raise Refusal(f"--shuffle_buffer_size must be at least 0, got {data.shuffle_buffer_size}.")
+    if not data.streaming and given_options(data, ("shuffle_buffer_size",)):
+        raise Refusal("--shuffle_buffer_size needs --streaming; otherwise all rows are shuffled.")
     if data.streaming and data.preprocessing_num_workers is not None:
-        raise _Refusal("--preprocessing_num_workers does nothing with --streaming; use --dataloader_num_workers.")
+        raise Refusal("--preprocessing_num_workers does nothing with --streaming; use --dataloader_num_workers.")
     for name in ("max_train_samples", "max_eval_samples", "preprocessing_num_workers"):
         value = getattr(data, name)
         if value is not None and value < 1:
-            raise _Refusal(f"--{name} must be at least 1, got {value}.")
+            raise Refusal(f"--{name} must be at least 1, got {value}.")
     if data.streaming and training.max_steps <= 0:
-        raise _Refusal("A stream has no known end: say how long to train with --max_steps.")
-
-
-def _start_point(training: "EBTTrainingArguments", overwrite: bool) -> str | None:
-    """The checkpoint to go on from; decides what may happen to the output folder."""
-    from .trainer import TRAINER_STATE, find_last_checkpoint
-
-    folder = Path(training.output_dir)
-    asked = training.resume_from_checkpoint
-    if asked and overwrite:
-        raise _Refusal("--resume_from_checkpoint and --overwrite contradict each other. Give one of them.")
-    if asked and asked != "auto":
-        if not (Path(asked) / TRAINER_STATE).is_file():
-            raise _Refusal(
-                f"--resume_from_checkpoint {asked}: no complete checkpoint (it has no {TRAINER_STATE}). Give a "
-                "checkpoint-N folder, or auto."
-            )
-        _say(f"Going on from {asked}.")
-        return asked
-    if overwrite:
-        if training.process_index == 0:
-            _remove_checkpoints(folder)
-        return None
-    last = find_last_checkpoint(folder)
-    if last is not None:
-        _say(f"Found {last}: going on from there. (--overwrite starts afresh.)")
-        return str(last)
-    if folder.is_dir() and any(folder.iterdir()):
-        raise _Refusal(
-            f"The output folder {folder} has content but no complete checkpoint. Choose another --output_dir, or "
-            "--overwrite."
-        )
-    return None
-
-
-def _finished_weights(checkpoint: str, training: "EBTTrainingArguments") -> str | None:
-    """The weights of a run that has nothing left to train, best or last as asked; None if there is more to do."""
-    import json
-
-    from .trainer import TRAINER_STATE
-
-    state = json.loads((Path(checkpoint) / TRAINER_STATE).read_text(encoding="utf-8"))
-    if training.max_steps > 0:
-        finished = state["global_step"] >= training.max_steps
-    else:
-        finished = (
-            state["global_step"] >= state["max_steps"] and state["num_train_epochs"] >= training.num_train_epochs
-        )
-    if not finished:
-        return None
-    best = state.get("best_model_checkpoint")
-    return best if training.load_best_model_at_end and best and Path(best).is_dir() else checkpoint
-
-
-def _remove_checkpoints(folder: Path) -> None:
-    import shutil
-
-    for checkpoint in sorted(folder.glob("checkpoint-*")):
-        if checkpoint.is_dir() and checkpoint.name.removeprefix("checkpoint-").isdigit():
-            _say(f"--overwrite: removing {checkpoint}.")
-            shutil.rmtree(checkpoint)
+        raise Refusal("A stream has no known end: say how long to train with --max_steps.")
 
 
 # ---- model -----------------------------------------------------------------------------------------------------
-
-
-def _parse_overrides(text: str | None, config_class: type["PreTrainedConfig"]) -> dict[str, Any]:
-    """`a=1,b=gelu` to a dict; every name has to be a field of the config."""
-    import json
-
-    known = {item.name for item in fields(config_class)}
-    values: dict[str, Any] = {}
-    for part in (text or "").split(","):
-        name, separator, value = (piece.strip() for piece in part.partition("="))
-        if not part.strip():
-            continue
-        if not separator or name not in known:
-            raise _Refusal(
-                f"--config_overrides: {part.strip()!r} is no field=value of {config_class.__name__}. Fields: "
-                f"{', '.join(sorted(known))}."
-            )
-        try:
-            values[name] = json.loads({"True": "true", "False": "false", "None": "null"}.get(value, value))
-        except json.JSONDecodeError:
-            values[name] = value
-    return values
 
 
 def _new_config(
@@ -364,7 +231,7 @@ def _new_config(
     from ..configuration import EBTConfig, transformer_pp_config
 
     preset = model.preset or DEFAULT_PRESET
-    overrides = _parse_overrides(model.config_overrides, LlamaConfig if model.twin else EBTConfig)
+    overrides = parse_overrides(model.config_overrides, LlamaConfig if model.twin else EBTConfig)
     values: dict[str, Any] = {
         "vocab_size": len(tokenizer),
         "max_position_embeddings": max(context, DEFAULT_BLOCK_SIZE),
@@ -377,7 +244,7 @@ def _new_config(
     own = {name: getattr(model, name) for name in EBT_ONLY if getattr(model, name) is not None}
     both = sorted(set(own) & set(overrides))
     if both:
-        raise _Refusal(f"{_flags(both)} is also in --config_overrides. Give it once.")
+        raise Refusal(f"{as_flags(both)} is also in --config_overrides. Give it once.")
     return EBTConfig.from_preset(preset, recipe=training.recipe, **{**values, **own, **overrides})
 
 
@@ -402,7 +269,7 @@ def _load_tokenizer(model: ModelArguments, data: DataArguments) -> "PreTrainedTo
     if name is None and data.dataset_name == EMBEDDED:
         name = EMBEDDED
     if name is None:
-        raise _Refusal(
+        raise Refusal(
             "Say how to cut the text into tokens: --tokenizer_name with a folder or Hub id (the paper: "
             f"EleutherAI/gpt-neox-20b), or {EMBEDDED} for the small embedded one."
         )
@@ -424,24 +291,24 @@ def _load_documents(data: DataArguments) -> dict[str, Any]:
     percent = data.validation_split_percentage
     if "validation" in documents:
         if percent is not None:
-            raise _Refusal(
+            raise Refusal(
                 "--validation_split_percentage has no effect: there is validation data already. Leave it out."
             )
         return documents
     train = documents["train"]
     if is_stream(train):
         if percent:
-            raise _Refusal(
+            raise Refusal(
                 "--validation_split_percentage cannot split a stream. Use --validation_file or --max_eval_samples."
             )
         if data.max_eval_samples is not None:
-            _say(f"No validation data: the first {data.max_eval_samples} documents of the stream are held out for it.")
+            say(f"No validation data: the first {data.max_eval_samples} documents of the stream are held out for it.")
             documents["validation"] = train.take(data.max_eval_samples)
             documents["train"] = train.skip(data.max_eval_samples)
         return documents
     percent = DEFAULT_VALIDATION_PERCENT if percent is None else percent
     if percent != 0:
-        _say(f"No validation data: the last {percent:g} % of the training data are held out for it.")
+        say(f"No validation data: the last {percent:g} % of the training data are held out for it.")
         documents["train"], documents["validation"] = split_off_validation(train, percent, data.text_column)
     return documents
 
@@ -478,12 +345,12 @@ def _rows(
         blocks = PackedBlocks(tokens, block_size, **options)
         rest = blocks.dropped_tokens
         lost = f"; the last {rest} tokens fill no block and are left out" if rest else ""
-        _say(f"{split}: {blocks.num_tokens:,} tokens, {len(blocks):,} blocks of {block_size}{lost}.")
+        say(f"{split}: {blocks.num_tokens:,} tokens, {len(blocks):,} blocks of {block_size}{lost}.")
         return blocks
     documents = TruncatedDocuments(tokens, limit)
     short = documents.dropped_documents
     lost = f"; {short} documents of fewer than 2 tokens predict nothing and are left out" if short else ""
-    _say(f"{split}: {len(documents):,} documents, at most {block_size + 1} tokens of each{lost}.")
+    say(f"{split}: {len(documents):,} documents, at most {block_size + 1} tokens of each{lost}.")
     return documents
 
 
@@ -496,23 +363,14 @@ def _block_size(data: DataArguments, maximum: int | None) -> int:
     if data.block_size is None:
         return DEFAULT_BLOCK_SIZE if maximum is None else min(DEFAULT_BLOCK_SIZE, maximum - extra)
     if data.block_size < 2:
-        raise _Refusal(f"--block_size must be at least 2, got {data.block_size}.")
+        raise Refusal(f"--block_size must be at least 2, got {data.block_size}.")
     if maximum is not None and data.block_size + extra > maximum:
         why = "" if data.packing else " (--no_packing needs one token more than the block)"
-        raise _Refusal(
+        raise Refusal(
             f"--block_size {data.block_size} is too long: the model takes at most {maximum} tokens "
             f"(max_position_embeddings){why}. Use at most {maximum - extra}."
         )
     return data.block_size
-
-
-def _wanted(argv: list[str], training: "EBTTrainingArguments") -> tuple[bool, bool, bool]:
-    """Train, validate, test: all, unless some of --do_train, --do_eval, --do_predict are given."""
-    # --eval_strategy switches do_eval on by itself, so only the command line tells what was asked for
-    named = [any(word.split("=")[0] == flag for word in argv) for flag in ("--do_train", "--do_eval", "--do_predict")]
-    if not any(named):
-        return True, True, True
-    return training.do_train, training.do_eval and named[1], training.do_predict
 
 
 def _evaluate(trainer: "EBTTrainer", rows: Any, split: str) -> None:
@@ -522,11 +380,12 @@ def _evaluate(trainer: "EBTTrainer", rows: Any, split: str) -> None:
     name = "Validation" if split == "eval" else "Test"
     loss, value = metrics.get(f"{split}_loss"), metrics.get(f"{split}_perplexity")
     if value is not None:
-        _say(f"{name}: loss {loss:.4f}, perplexity {value:.6g}")
+        say(f"{name}: loss {loss:.4f}, perplexity {value:.6g}")
 
 
 def _run(argv: list[str]) -> None:
-    model_args, data_args, run_args, training_args = _parse(argv)
+    own = (ModelArguments, DataArguments, RunArguments)
+    model_args, data_args, run_args, training_args = parse_command_line(argv, "clm", __doc__, own, _training_class)
     from transformers import AutoConfig, set_seed
 
     from .. import exports  # noqa: F401  registers the models with the Auto classes; the console script has not yet
@@ -535,19 +394,19 @@ def _run(argv: list[str]) -> None:
     from .model_card import RunFacts
     from .trainer import EBTTrainer
 
-    if not _given(data_args, ("dataset_name", "train_file", "validation_file", "test_file")):
+    if not given_options(data_args, ("dataset_name", "train_file", "validation_file", "test_file")):
         data_args.dataset_name = EMBEDDED
     _check_arguments(model_args, data_args, training_args)
-    checkpoint = _start_point(training_args, run_args.overwrite)
-    train, validate, test = _wanted(argv, training_args)
-    finished = _finished_weights(checkpoint, training_args) if checkpoint else None
+    checkpoint = start_point(training_args, run_args.overwrite)
+    train, validate, test = wanted_phases(argv, training_args)
+    finished = finished_weights(checkpoint, training_args) if checkpoint else None
     if train and finished:
-        _say(f"{checkpoint} has all the steps asked for: nothing to train. (--overwrite starts afresh.)")
+        say(f"{checkpoint} has all the steps asked for: nothing to train. (--overwrite starts afresh.)")
         train, checkpoint = False, finished
     if training_args.learning_rate_is_default and model_args.model_name_or_path is None:
         preset = model_args.preset or DEFAULT_PRESET
         if preset not in PRESETS:
-            raise _Refusal(f"Unknown preset {preset!r}. Allowed: {', '.join(PRESETS)}.")
+            raise Refusal(f"Unknown preset {preset!r}. Allowed: {', '.join(PRESETS)}.")
         training_args.learning_rate = PRESETS[preset].learning_rate
     set_seed(training_args.seed)
 
@@ -555,20 +414,20 @@ def _run(argv: list[str]) -> None:
     if tokenizer.pad_token_id is None and tokenizer.eos_token_id is not None:
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.pad_token_id is None:
-        raise _Refusal("The tokenizer has neither a padding nor an end-of-sequence token. Add one to it.")
+        raise Refusal("The tokenizer has neither a padding nor an end-of-sequence token. Add one to it.")
     if tokenizer.eos_token_id is None and data_args.packing:
-        _say("The tokenizer has no end-of-sequence token: documents are joined without anything between them.")
+        say("The tokenizer has no end-of-sequence token: documents are joined without anything between them.")
     if model_args.model_name_or_path is None:
         asked = _parse_max_positions(model_args)
         block_size = _block_size(data_args, asked)
-        with _refusing_bad_values():
+        with refusing_bad_values():
             config = _new_config(model_args, training_args, tokenizer, block_size + (0 if data_args.packing else 1))
     else:
         config = None
         known = AutoConfig.from_pretrained(model_args.model_name_or_path)
         block_size = _block_size(data_args, getattr(known, "max_position_embeddings", None))
 
-    with training_args.main_process_first(desc="reading the data"), _refusing_bad_values():
+    with training_args.main_process_first(desc="reading the data"), refusing_bad_values():
         documents = _load_documents(data_args)
         rows = {
             split: _rows(split, source, data_args, tokenizer, block_size, training_args.seed)
@@ -576,12 +435,12 @@ def _run(argv: list[str]) -> None:
         }
     model = _build_model(model_args, config)
     if len(tokenizer) > model.config.vocab_size:
-        raise _Refusal(
+        raise Refusal(
             f"The tokenizer has {len(tokenizer)} tokens, the model {model.config.vocab_size}. Use the model's own "
             "tokenizer."
         )
     if training_args.eval_strategy != "no" and "validation" not in rows:
-        raise _Refusal("--eval_strategy needs validation data: --validation_file or --validation_split_percentage.")
+        raise Refusal("--eval_strategy needs validation data: --validation_file or --validation_split_percentage.")
     streams_padded = data_args.streaming and not data_args.packing  # rows of several processes need one length
     source = data_args.dataset_name or " ".join(data_args.train_file or [])
     trainer = EBTTrainer(
@@ -597,7 +456,7 @@ def _run(argv: list[str]) -> None:
             base_model=model_args.model_name_or_path,
         ),
     )
-    _say(f"{type(model).__name__}: {sum(p.numel() for p in model.parameters()):,} parameters.")
+    say(f"{type(model).__name__}: {sum(p.numel() for p in model.parameters()):,} parameters.")
     if train:
         result = trainer.train(resume_from_checkpoint=checkpoint or False)
         trainer.log_metrics("train", result.metrics)
@@ -611,7 +470,7 @@ def _run(argv: list[str]) -> None:
         _evaluate(trainer, rows["test"], "test")
     if train:
         trainer.save_model()
-        _say(f"Saved to {training_args.output_dir}.")
+        say(f"Saved to {training_args.output_dir}.")
         if training_args.push_to_hub:
             trainer.push_to_hub()
     # several processes: one that ends while threads of its group still run is aborted
@@ -625,7 +484,7 @@ def _parse_max_positions(model: ModelArguments) -> int | None:
 
     from ..configuration import EBTConfig
 
-    overrides = _parse_overrides(model.config_overrides, LlamaConfig if model.twin else EBTConfig)
+    overrides = parse_overrides(model.config_overrides, LlamaConfig if model.twin else EBTConfig)
     return overrides.get("max_position_embeddings")
 
 

@@ -3,7 +3,8 @@
 import json
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ from transformers import EarlyStoppingCallback, Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput
 
 from ..modeling_ebt.losses import perplexity
-from .model_card import RunFacts, write_model_card
+from .ema import EMACallback
+from .model_card import RunFacts, is_image_model, write_model_card
 
 
 STEP_SIZE_NAME = "step_size.value"
@@ -21,6 +23,7 @@ STEP_SIZE_LR_PER_STEP_SIZE = 3.0  # the paper's rule, p. 42
 TRAINER_STATE = "trainer_state.json"
 WEIGHT_FILES = ("*.safetensors", "*.bin")
 # outputs that are no predictions; configs of EBT models list them too, wrapped ones may not have a config
+OBJECTIVES = {"s1": "all", "s2": "last"}  # what a recipe scores: the config's `loss_on_steps`
 NO_PREDICTIONS = ["past_key_values", "energies", "steps_taken", "step_losses", "mean_energies"]
 
 
@@ -78,6 +81,21 @@ class _RunningMeans:
         return {name: total / weight for name, total in zip(names, totals, strict=True)} if weight > 0 else {}
 
 
+def image_psnr(images: torch.Tensor, clean: torch.Tensor) -> torch.Tensor:
+    """
+    Peak signal-to-noise ratio of images on pixels clamped to 0..255, in dB.
+
+    Args:
+        images, clean (`torch.FloatTensor` of shape `(B, C, H, W)`): -1..1; what lies outside is clamped.
+
+    Returns:
+        `torch.FloatTensor` of shape `(B,)`; at most 148 (equal images).
+    """
+    pixels, truth = ((values.float().clamp(-1, 1) + 1) * 127.5 for values in (images, clean))
+    error = (pixels - truth).square().flatten(1).mean(1)
+    return 10 * torch.log10(255.0**2 / error.clamp(min=1e-10))
+
+
 class EBTTrainer(Trainer):
     r"""
     `transformers.Trainer` for Energy-Based Transformers. It takes the same arguments, trains any other model as the
@@ -85,12 +103,13 @@ class EBTTrainer(Trainer):
 
     - **the step size** as a parameter group of its own: learning rate `step_size_lr_multiplier` times the base rate,
       no weight decay. Norms, biases and other vectors are not decayed, all matrices (embeddings too) are.
-    - **metrics** in every training log, averaged over all tokens since the last one, over accumulation and processes:
-      `initial_loss` and `final_loss` (after the first and the last thinking step), `energy_gap` (mean energy before
-      the first step minus before the last; positive when thinking lowers the energy) and `step_size`.
+    - **metrics** in every training log, averaged over all tokens (or images) since the last one, over accumulation and
+      processes: `initial_loss` and `final_loss` (after the first and the last thinking step), `energy_gap` (mean
+      energy before the first step minus before the last; positive when thinking lowers the energy) and `step_size`.
     - **evaluation** whose `eval_loss` is the mean over tokens, whatever the batches and processes, and
       `eval_perplexity`, its exponential. In evaluation the loss is that of the final prediction, so it compares with
-      any other language model.
+      any other language model. For models of images it is the mean over images, with `eval_psnr` (dB, on pixels
+      clamped to 0..255, mean over images; not for latents).
     - **checkpoints that survive**: weights are written beside the old ones and then put in their place; a checkpoint
       that cannot be written (full disk) is removed and the one before stays the last.
     - **a model card** (`README.md`) whenever `save_model()` is called.
@@ -119,6 +138,7 @@ class EBTTrainer(Trainer):
         self.run_facts = run_facts or RunFacts()
         self._training_means = _RunningMeans()
         self._evaluation_means = _RunningMeans()
+        self._scored_rows: int | None = None
         patience = getattr(self.args, "early_stopping_patience", None)
         if patience is not None:
             self.add_callback(EarlyStoppingCallback(patience, getattr(self.args, "early_stopping_threshold", 0.0)))
@@ -130,10 +150,12 @@ class EBTTrainer(Trainer):
         config = getattr(self.model, "config", None)
         objective = getattr(config, "loss_on_steps", None)
         recipe = getattr(self.args, "recipe", "s1")
-        if objective is not None and recipe == "s1" and objective != "all":
+        wanted = OBJECTIVES.get(recipe, objective)
+        if objective is not None and objective != wanted:
+            scored = "every thinking step" if wanted == "all" else "the last thinking step"
             raise ValueError(
-                f"Recipe s1 scores every thinking step, but the model's config has `loss_on_steps={objective!r}`. Set "
-                "it to 'all'."
+                f"Recipe {recipe} scores {scored}, but the model's config has `loss_on_steps={objective!r}`. Set it "
+                f"to {wanted!r}."
             )
         if objective is not None and self.args.label_smoothing_factor != 0:
             raise ValueError(
@@ -223,7 +245,22 @@ class EBTTrainer(Trainer):
                     f"{source} is no complete checkpoint: it has no {TRAINER_STATE}. Give a checkpoint-N folder of a "
                     "run, or 'auto' for the newest complete one in the output folder."
                 )
+        for callback in self._averages():
+            callback.restore_from = None if source is None else Path(source)
         return super().train(source, *args, **kwargs)
+
+    def _averages(self) -> list[EMACallback]:
+        return [callback for callback in self.callback_handler.callbacks if isinstance(callback, EMACallback)]
+
+    @contextmanager
+    def _averaged(self) -> Iterator[None]:
+        """The model has the moving average of its weights inside, if there is one."""
+        averages = self._averages()
+        if not averages:
+            yield
+            return
+        with averages[0].applied(self.accelerator.unwrap_model(self.model)):
+            yield
 
     # ---- loss and metrics ------------------------------------------------------------------------------------
 
@@ -235,32 +272,58 @@ class EBTTrainer(Trainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
         """
-        The model's loss, as in the parent: its sum over tokens divided by `num_items_in_batch`, so that accumulated
-        and distributed batches count as one. Notes what the logs need on the way.
+        The model's loss, as in the parent: its sum over tokens (or pixels) divided by `num_items_in_batch`, so
+        that accumulated and distributed batches count as one. Notes what the logs need on the way.
         """
-        labels, targets = inputs.get("labels"), inputs.get("shift_labels")
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
-        if labels is not None and self._predicts_tokens():
-            # position 0 is never predicted: the model shifts the labels
-            tokens = (labels[..., 1:] if targets is None else targets).ne(-100).sum().to(loss.device)
-            tokens = tokens.to(torch.float32 if loss.device.type == "mps" else torch.float64)
+        counted = self._count(inputs, loss.device)
+        if counted is not None:
+            items, weight = counted
             # what turns a loss of the model, a sum over this batch divided by all items, into this batch's mean
-            to_mean = torch.ones_like(tokens)
+            to_mean = torch.ones_like(items)
             if num_items_in_batch is not None and self.model_accepts_loss_kwargs:
-                items = torch.as_tensor(num_items_in_batch, device=tokens.device).flatten()[0]
-                to_mean = items.to(tokens.dtype) / tokens.clamp(min=1)
+                everything = torch.as_tensor(num_items_in_batch, device=items.device).flatten()[0]
+                to_mean = everything.to(items.dtype) / items.clamp(min=1)
             if model.training:
-                self._note_training(outputs, tokens, to_mean)
+                self._note_training(outputs, weight, to_mean)
             else:
                 scaled = self.args.average_tokens_across_devices and num_items_in_batch is not None
                 processes = self.accelerator.num_processes if scaled and self.model_accepts_loss_kwargs else 1
-                self._evaluation_means.add({"loss": loss.detach().mean() / processes * to_mean}, tokens)
+                means = {"loss": loss.detach().mean() / processes * to_mean}
+                quality = self._image_quality(outputs, inputs["labels"])
+                self._evaluation_means.add(means if quality is None else {**means, "psnr": quality}, weight)
         return (loss, outputs) if return_outputs else loss
+
+    def _count(self, inputs: dict[str, Any], device: torch.device) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """What the model's loss sums over, and how much this batch weighs: tokens, or pixels and images."""
+        labels, targets = inputs.get("labels"), inputs.get("shift_labels")
+        if labels is None:
+            return None
+        exact = torch.float32 if device.type == "mps" else torch.float64
+        if self._predicts_tokens():
+            # position 0 is never predicted: the model shifts the labels
+            tokens = (labels[..., 1:] if targets is None else targets).ne(-100).sum().to(device, exact)
+            return tokens, tokens
+        if self._predicts_images():
+            rows = len(labels) if self._scored_rows is None else self._scored_rows
+            return torch.tensor(labels.numel(), device=device).to(exact), torch.tensor(rows, device=device).to(exact)
+        return None
+
+    def _image_quality(self, outputs: Any, clean: torch.Tensor) -> torch.Tensor | None:
+        """Mean PSNR of denoised images; None for anything else (latents are no pixels)."""
+        reconstruction = outputs.get("reconstruction") if isinstance(outputs, Mapping) else None
+        config = getattr(self.accelerator.unwrap_model(self.model), "config", None)
+        if reconstruction is None or getattr(config, "vae_name_or_path", None) is not None:
+            return None
+        return image_psnr(reconstruction, clean).mean()
+
+    def _predicts_images(self) -> bool:
+        return is_image_model(self.accelerator.unwrap_model(self.model))
 
     def _predicts_tokens(self) -> bool:
         return getattr(self.accelerator.unwrap_model(self.model), "loss_type", None) == "ForCausalLM"
 
-    def _note_training(self, outputs: Any, tokens: torch.Tensor, to_mean: torch.Tensor) -> None:
+    def _note_training(self, outputs: Any, weight: torch.Tensor, to_mean: torch.Tensor) -> None:
         values: dict[str, torch.Tensor] = {}
         get = outputs.get if isinstance(outputs, Mapping) else lambda name: getattr(outputs, name, None)
         losses, energies = get("step_losses"), get("mean_energies")
@@ -269,7 +332,7 @@ class EBTTrainer(Trainer):
         if energies is not None:
             values["energy_gap"] = (energies[0] - energies[-1]).detach()
         if values:
-            self._training_means.add(values, tokens)
+            self._training_means.add(values, weight)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log as in the parent; training logs also get the thinking metrics."""
@@ -294,30 +357,62 @@ class EBTTrainer(Trainer):
         if ignore_keys is None:
             config = getattr(self.model, "config", None)
             ignore_keys = [*getattr(config, "keys_to_ignore_at_inference", []), *NO_PREDICTIONS]
-        return super().prediction_step(model, self._score_rows_once(inputs), prediction_loss_only, ignore_keys)
+        self._scored_rows = None
+        if self._predicts_images():
+            inputs = self._score_images_once(inputs, prediction_loss_only)
+        else:
+            inputs = self._score_rows_once(inputs)
+        try:
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        finally:
+            self._scored_rows = None
+
+    def _own_rows(self, count: int) -> int:
+        """How many of this batch's rows do not repeat others only to make batches of several processes even."""
+        state = self.accelerator.gradient_state
+        if self.accelerator.num_processes == 1 or not state.end_of_dataloader or state.remainder <= 0:
+            return count
+        return min(max(state.remainder - self.accelerator.process_index * count, 0), count)
+
+    def _score_images_once(self, inputs: dict[str, Any], loss_only: bool) -> dict[str, Any]:
+        """Of images that repeat others one at most is looked at, and none counted (unless predictions are wanted)."""
+        labels = inputs.get("labels")
+        if labels is None:
+            return inputs
+        own = self._scored_rows = self._own_rows(len(labels))
+        if own == len(labels) or not loss_only:
+            return inputs
+        count = len(labels)
+        return {
+            name: value[: max(own, 1)] if isinstance(value, torch.Tensor) and len(value) == count else value
+            for name, value in inputs.items()
+        }
 
     def _score_rows_once(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Several processes need batches of one size, so the last ones repeat rows; those get no labels."""
-        state = self.accelerator.gradient_state
         labels = inputs.get("labels")
-        if labels is None or self.accelerator.num_processes == 1 or not state.end_of_dataloader:
+        if labels is None or not self._predicts_tokens():
             return inputs
-        if state.remainder <= 0 or not self._predicts_tokens():
+        own = self._own_rows(len(labels))
+        if own == len(labels):
             return inputs
-        own = min(max(state.remainder - self.accelerator.process_index * len(labels), 0), len(labels))
         labels = labels.clone()
         labels[own:] = -100
         return {**inputs, "labels": labels}
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
-        """The parent's loop; the loss becomes the exact mean over tokens, and its exponential the perplexity."""
+        """The parent's loop; the loss becomes the exact mean over tokens or images, with perplexity or PSNR."""
         self._evaluation_means = _RunningMeans()
-        output = super().evaluation_loop(*args, **kwargs)
+        with self._averaged():
+            output = super().evaluation_loop(*args, **kwargs)
         prefix = kwargs.get("metric_key_prefix", "eval")
         means = self._evaluation_means.take(self)
         if "loss" in means:
             output.metrics[f"{prefix}_loss"] = means["loss"]
-            output.metrics[f"{prefix}_perplexity"] = perplexity(means["loss"])
+            if not self._predicts_images():
+                output.metrics[f"{prefix}_perplexity"] = perplexity(means["loss"])
+        if "psnr" in means:
+            output.metrics[f"{prefix}_psnr"] = means["psnr"]
         return output
 
     # ---- saving ----------------------------------------------------------------------------------------------
@@ -367,6 +462,9 @@ class EBTTrainer(Trainer):
             output_dir (`str`, *optional*): folder to save to, defaults to `args.output_dir`.
         """
         super().save_model(output_dir, _internal_call=_internal_call)
+        if _internal_call and self.args.should_save:
+            for callback in self._averages():
+                callback.save(self.accelerator.unwrap_model(self.model), output_dir or self.args.output_dir)
         if not _internal_call and self.is_world_process_zero():
             write_model_card(self, self.args.output_dir if output_dir is None else output_dir)
 
@@ -382,4 +480,4 @@ class EBTTrainer(Trainer):
             write_model_card(self, self.args.output_dir, **card_data)
 
 
-__all__ = ["EBTTrainer", "find_last_checkpoint"]
+__all__ = ["EBTTrainer", "find_last_checkpoint", "image_psnr"]

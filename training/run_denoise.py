@@ -1,0 +1,554 @@
+r"""
+Train a model that denoises images: an Energy-Based Transformer, or its Diffusion Transformer twin with `--twin`.
+
+    ebt train denoise --output_dir runs/cifar --train_file cifar10.parquet --image_size 32 --patch_size 4 \
+        --max_steps 20000 --per_device_train_batch_size 128 --eval_strategy steps --eval_steps 1000
+    ebt train denoise --output_dir runs/twin ... --twin
+
+Images come from the Hub (`--dataset_name`), `.parquet` files, image files, patterns or folders. Every image gets the
+same noise in every evaluation, and other noise in every epoch of training.
+
+The same command started again goes on from its last checkpoint. At the end the model is evaluated on the validation
+and test data there is (`all_results.json`), and saved with its image processor and model card; the twin as diffusers
+saves it.
+"""
+
+import shlex
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .script import (
+    Refusal,
+    RunArguments,
+    as_flags,
+    finished_weights,
+    given_options,
+    parse_command_line,
+    parse_overrides,
+    refusing_bad_values,
+    say,
+    start_point,
+    wanted_phases,
+)
+
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ..configuration import EBTImageConfig
+    from .arguments import EBTImageTrainingArguments
+    from .trainer import EBTTrainer
+
+DEFAULT_PRESET = "4xs"
+DEFAULT_VALIDATION_PERCENT = 5.0
+DEFAULT_NOISE_LEVEL = 0.1
+SHAPE = ("image_size", "patch_size", "num_channels")
+EBT_ONLY = (
+    "image_conditioning",
+    "candidate_init",
+    "num_landscapes",
+    "step_size",
+    "learn_step_size",
+    "reconstruction_loss",
+    "thinking_steps",
+)
+# config fields that the twin's shape follows from; the others mean nothing to it
+TWIN_FIELDS = (*SHAPE, "hidden_size", "num_hidden_layers", "num_attention_heads", "layer_norm_eps")
+
+
+@dataclass
+class ModelArguments:
+    """Which model: a new one by its size, or one to train further."""
+
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Train this model further: a folder or a Hub id. Default: a new model."}
+    )
+    preset: str | None = field(
+        default=None,
+        metadata={
+            "help": f"Size of a new model: 4xs, 3xs, xxs, xs, small, medium, large, xl. Default: {DEFAULT_PRESET}; "
+            "the paper denoises with large."
+        },
+    )
+    twin: bool = field(
+        default=False,
+        metadata={
+            "help": "Train the Diffusion Transformer twin instead (diffusers): the same shape, everything else equal."
+        },
+    )
+    config_overrides: str | None = field(
+        default=None,
+        metadata={
+            "help": "Further config fields of a new model, e.g. hidden_size=64,num_attention_heads=4. "
+            "intermediate_size follows hidden_size unless given."
+        },
+    )
+    image_size: int | None = field(
+        default=None,
+        metadata={"help": "Height and width of the images in pixels, with a VAE too. Default: 128, the paper's."},
+    )
+    patch_size: int | None = field(
+        default=None, metadata={"help": "Side of a patch in pixels (with a VAE: of latents). Default: 16."}
+    )
+    num_channels: int | None = field(
+        default=None, metadata={"help": "3 for colour (default) or 1 for grey; images are converted."}
+    )
+    image_conditioning: str | None = field(
+        default=None, metadata={"help": "What the energy sees beside the candidate: none (the paper) or noisy_image."}
+    )
+    candidate_init: str | None = field(
+        default=None, metadata={"help": "Where the descent starts: image (the noisy one; the paper) or normal."}
+    )
+    num_landscapes: int | None = field(
+        default=None, metadata={"help": "Energy landscapes, and thinking steps in training (the paper: 1)."}
+    )
+    step_size: float | None = field(
+        default=None, metadata={"help": "Initial step size (alpha; the paper: 3000 for 64 patches)."}
+    )
+    learn_step_size: bool | None = field(
+        default=None, metadata={"help": "Whether the step size is trained (recipe s1: yes)."}
+    )
+    reconstruction_loss: str | None = field(
+        default=None, metadata={"help": "smooth_l1 (default, the official code), mse (the paper's text) or l1."}
+    )
+    thinking_steps: int | None = field(
+        default=None, metadata={"help": "Thinking steps in training and by default. Default: num_landscapes."}
+    )
+    vae_name_or_path: str | None = field(
+        default=None,
+        metadata={
+            "help": "Work on the latents of this diffusers AutoencoderKL: a folder or a Hub id. Default: pixels."
+        },
+    )
+
+
+@dataclass
+class DataArguments:
+    """Which images, and what is done to them."""
+
+    dataset_name: str | None = field(
+        default=None, metadata={"help": "A Hub id, a local folder, a .parquet or image file, or a pattern."}
+    )
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of a Hub data set."})
+    train_file: list[str] | None = field(
+        default=None, metadata={"help": "Training images: .parquet files, image files, patterns or folders."}
+    )
+    validation_file: list[str] | None = field(default=None, metadata={"help": "Validation images."})
+    test_file: list[str] | None = field(default=None, metadata={"help": "Test images."})
+    image_column: str | None = field(
+        default=None, metadata={"help": "Column with the images. Default: the only one, or 'image'."}
+    )
+    validation_split_percentage: float | None = field(
+        default=None,
+        metadata={
+            "help": f"Random share of the training images held out when there is no validation data, the same for "
+            f"every run. Default: {DEFAULT_VALIDATION_PERCENT:g}; 0 for none."
+        },
+    )
+    max_train_samples: int | None = field(default=None, metadata={"help": "Train on the first so many images."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on the first so many images."})
+    resize_to: int | None = field(
+        default=None,
+        metadata={
+            "help": "Resize the shorter side to so many pixels before cropping; 0 keeps the resolution. Default: what "
+            "--image_size needs."
+        },
+    )
+    random_crop: bool = field(
+        default=False, metadata={"help": "In training crop anywhere instead of in the middle (see --resize_to)."}
+    )
+    horizontal_flip: bool = field(default=True, metadata={"help": "In training mirror every other image."})
+    image_memory: float = field(
+        default=2.0,
+        metadata={
+            "help": "GB of decoded images (or latents) to keep in memory; data sets that need more are decoded anew "
+            "every epoch (--dataloader_num_workers helps)."
+        },
+    )
+
+
+@dataclass
+class NoiseArguments:
+    """How much noise."""
+
+    noise_level: float | None = field(
+        default=None,
+        metadata={
+            "help": "Noise as a share of the way to pure noise (the paper trains on 0.1 and tests on 0.2, too). "
+            f"Default: {DEFAULT_NOISE_LEVEL}."
+        },
+    )
+    random_noise_level: list[float] | None = field(
+        default=None, metadata={"help": "LOW HIGH: draw the level of every image uniformly between these instead."}
+    )
+    twin_max_timestep: float | None = field(
+        default=None,
+        metadata={
+            "help": "With --twin: the share of the diffusion schedule it is trained on, from the start. Default: the "
+            "noise level."
+        },
+    )
+    ema_decay: float | None = field(
+        default=None,
+        metadata={"help": "Evaluate and save a moving average of the weights with this decay, e.g. 0.999."},
+    )
+
+
+def _training_class() -> "type[EBTImageTrainingArguments]":
+    from .arguments import EBTImageTrainingArguments
+
+    return EBTImageTrainingArguments
+
+
+def _check_arguments(
+    model: ModelArguments, data: DataArguments, noise: NoiseArguments, training: "EBTImageTrainingArguments"
+) -> None:
+    """Refuses combinations of which one half would be ignored."""
+    if model.model_name_or_path is not None:
+        unused = given_options(model, ("preset", "twin", "config_overrides", *SHAPE, *EBT_ONLY, "vae_name_or_path"))
+        if unused:
+            raise Refusal(
+                f"{as_flags(unused)} would change the architecture of {model.model_name_or_path}, which is trained "
+                "further as it is. Leave them out, or leave --model_name_or_path out for a new model."
+            )
+    if model.twin:
+        unused = given_options(model, EBT_ONLY)
+        if training.step_size_lr_multiplier is not None:
+            unused.append("step_size_lr_multiplier")
+        if training.recipe != "s1":
+            unused.append("recipe")
+        if unused:
+            raise Refusal(
+                f"{as_flags(unused)} means nothing to the twin, which does not think. Leave out one or the other."
+            )
+        if noise.random_noise_level is not None:
+            raise Refusal(
+                "--random_noise_level means nothing to the twin, which is trained on every level up to the highest. "
+                "Give the highest as --twin_max_timestep."
+            )
+    elif noise.twin_max_timestep is not None:
+        raise Refusal("--twin_max_timestep has an effect with --twin only.")
+    if noise.noise_level is not None and noise.random_noise_level is not None:
+        raise Refusal("--noise_level and --random_noise_level contradict each other. Give one of them.")
+    if noise.noise_level is not None and noise.twin_max_timestep is not None:
+        raise Refusal("--noise_level has no effect on a twin with --twin_max_timestep. Give one of them.")
+    for name in ("noise_level", "twin_max_timestep"):
+        value = getattr(noise, name)
+        if value is not None and not 0 < value <= 1:
+            raise Refusal(f"--{name} must be above 0 and at most 1, got {value}.")
+    files = given_options(data, ("train_file", "validation_file", "test_file"))
+    if data.dataset_name is not None and files:
+        raise Refusal(f"--dataset_name and {as_flags(files)} both name the data. Give one of them.")
+    if data.dataset_name is None and data.train_file is None:
+        raise Refusal(
+            "Say which images to train on: --train_file with .parquet files, image files, patterns or folders, or "
+            "--dataset_name with a Hub id."
+        )
+    if data.dataset_config_name is not None and data.dataset_name is None:
+        raise Refusal("--dataset_config_name needs --dataset_name.")
+    for name in ("max_train_samples", "max_eval_samples"):
+        value = getattr(data, name)
+        if value is not None and value < 1:
+            raise Refusal(f"--{name} must be at least 1, got {value}.")
+    if data.resize_to is not None and data.resize_to < 0:
+        raise Refusal(f"--resize_to must be at least 0, got {data.resize_to}.")
+    if data.image_memory < 0:
+        raise Refusal(f"--image_memory must be at least 0, got {data.image_memory}.")
+    if model.vae_name_or_path is not None and model.num_channels is not None:
+        raise Refusal("--num_channels is decided by the VAE. Leave it out.")
+
+
+# ---- model -----------------------------------------------------------------------------------------------------
+
+
+def _load_vae(name: str, training: "EBTImageTrainingArguments") -> Any:
+    try:
+        from diffusers import AutoencoderKL
+    except ImportError as error:
+        raise Refusal("--vae_name_or_path needs diffusers: pip install 'ebt-transformers[diffusers]'.") from error
+    with refusing_bad_values():
+        try:
+            vae = AutoencoderKL.from_pretrained(name)
+        except OSError as error:
+            raise Refusal(f"--vae_name_or_path {name}: {error}") from error
+    return vae.to(training.device).eval().requires_grad_(False)
+
+
+def _shrinkage(vae: Any) -> int:
+    """How many pixels a side of a latent stands for."""
+    return 1 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
+
+
+def _new_config(model: ModelArguments, training: "EBTImageTrainingArguments", vae: Any) -> "EBTImageConfig":
+    """Config of a new model; for the twin, of the EBT whose twin it is."""
+    from ..configuration import EBTImageConfig
+
+    overrides = parse_overrides(model.config_overrides, EBTImageConfig)
+    names = (*SHAPE, *EBT_ONLY, "vae_name_or_path")
+    own = {name: getattr(model, name) for name in names if getattr(model, name) is not None}
+    both = sorted(set(own) & set(overrides))
+    if both:
+        raise Refusal(f"{as_flags(both)} is also in --config_overrides. Give it once.")
+    foreign = sorted(set(overrides) - set(TWIN_FIELDS)) if model.twin else []
+    if foreign:
+        raise Refusal(
+            f"--config_overrides: {', '.join(foreign)} means nothing to the twin. Fields: {', '.join(TWIN_FIELDS)}."
+        )
+    values = {**own, **overrides}
+    if "hidden_size" in overrides:
+        values.setdefault("intermediate_size", None)
+    if vae is not None:
+        pixels, shrinkage = values.get("image_size", EBTImageConfig.image_size), _shrinkage(vae)
+        sides = pixels if isinstance(pixels, list) else [pixels]
+        if any(side % shrinkage for side in sides):
+            raise Refusal(f"--image_size {pixels} must be a multiple of {shrinkage}, by which the VAE shrinks images.")
+        smaller = [side // shrinkage for side in sides]
+        values["image_size"] = smaller if isinstance(pixels, list) else smaller[0]
+        values["num_channels"] = vae.config.latent_channels
+    return EBTImageConfig.from_preset(model.preset or DEFAULT_PRESET, recipe=training.recipe, **values)
+
+
+def _build_model(model: ModelArguments, config: "EBTImageConfig", max_timestep: int) -> "nn.Module":
+    import torch
+    from transformers import AutoModelForImageToImage
+
+    if model.model_name_or_path is not None:
+        # full precision weights: mixed precision is the Trainer's --bf16 and --fp16
+        return AutoModelForImageToImage.from_pretrained(model.model_name_or_path, dtype=torch.float32)
+    if model.twin:
+        from .dit_twin import DiTTwin, new_dit
+
+        return DiTTwin(new_dit(config), max_timestep=max_timestep)
+    return AutoModelForImageToImage.from_config(config, dtype=torch.float32)
+
+
+def _image_processor(config: "EBTImageConfig", vae: Any) -> Any:
+    """What turns users' images into the model's input, saved beside it; None where this version has none."""
+    try:
+        from ..modeling_ebt.image_processing_ebt import EBTImageProcessor
+    except ImportError:
+        return None
+    return EBTImageProcessor.from_model_config(config, _shrinkage(vae))
+
+
+# ---- data ------------------------------------------------------------------------------------------------------
+
+
+def _load_tables(data: DataArguments) -> dict[str, Any]:
+    from .images import hold_out_images, load_image_files, load_image_set, select_images
+
+    if data.train_file is not None:
+        named = {"train": data.train_file, "validation": data.validation_file, "test": data.test_file}
+        loaded = load_image_files({split: paths for split, paths in named.items() if paths})
+    else:
+        loaded = load_image_set(str(data.dataset_name), data.dataset_config_name)
+    tables: dict[str, Any] = {split: select_images(table, data.image_column) for split, table in loaded.items()}
+    percent = data.validation_split_percentage
+    if "validation" in tables:
+        if percent is not None:
+            raise Refusal(
+                "--validation_split_percentage has no effect: there is validation data already. Leave it out."
+            )
+        return tables
+    percent = DEFAULT_VALIDATION_PERCENT if percent is None else percent
+    if percent != 0:
+        say(f"No validation data: {percent:g} % of the training images are held out for it.")
+        tables["train"], tables["validation"] = hold_out_images(tables["train"], percent)
+    return tables
+
+
+def _images(split: str, table: Any, size: tuple[int, int], channels: int, data: DataArguments, seed: int) -> Any:
+    """One split as images of one size."""
+    from .images import Images
+
+    training = split == "train"
+    limit = data.max_train_samples if training else data.max_eval_samples
+    if limit is not None:
+        table = table.select(range(min(limit, len(table))))
+    images = Images(
+        table,
+        size,
+        channels,
+        resize_to=data.resize_to,
+        training=training,
+        random_crop=data.random_crop,
+        horizontal_flip=data.horizontal_flip,
+        seed=seed,
+        memory_budget=data.image_memory,
+    )
+    where = "decoded in memory" if images.in_memory else "decoded anew every epoch"
+    say(f"{split}: {len(images):,} images, {size[0]} x {size[1]}, {where}.")
+    return images
+
+
+def _latents(images: dict[str, Any], vae: Any, data: DataArguments, training: "EBTImageTrainingArguments") -> Any:
+    from .images import Latents
+
+    found = {split: Latents(items, vae, data.image_memory) for split, items in images.items()}
+    if training.dataloader_num_workers and not all(latents.in_memory for latents in found.values()):
+        raise Refusal(
+            "--dataloader_num_workers cannot encode latents: they do not fit into --image_memory, or --random_crop "
+            "changes them. Leave it out."
+        )
+    return found
+
+
+# ---- run -------------------------------------------------------------------------------------------------------
+
+
+def _evaluate(trainer: "EBTTrainer", images: Any, split: str) -> None:
+    metrics = trainer.evaluate(images, metric_key_prefix=split)
+    trainer.log_metrics(split, metrics)
+    trainer.save_metrics(split, metrics)
+    name = "Validation" if split == "eval" else "Test"
+    psnr = metrics.get(f"{split}_psnr")
+    say(f"{name}: loss {metrics[f'{split}_loss']:.6g}" + ("" if psnr is None else f", PSNR {psnr:.3f} dB"))
+
+
+def _run(argv: list[str]) -> None:
+    own = (ModelArguments, DataArguments, NoiseArguments, RunArguments)
+    parsed = parse_command_line(argv, "denoise", __doc__, own, _training_class)
+    model_args, data_args, noise_args, run_args, training_args = parsed
+    _check_arguments(model_args, data_args, noise_args, training_args)
+    try:
+        import diffusers  # noqa: F401
+    except ImportError as error:
+        raise Refusal("Denoising needs diffusers: pip install 'ebt-transformers[diffusers]'.") from error
+    from transformers import AutoConfig, set_seed
+
+    from .. import exports  # noqa: F401  registers the models with the Auto classes; the console script has not yet
+    from .ema import EMA_FILE, EMACallback
+    from .images import DiffusionCollator, NoisyImageCollator, share_timesteps
+    from .model_card import RunFacts, write_model_card
+    from .trainer import EBTTrainer
+
+    checkpoint = start_point(training_args, run_args.overwrite)
+    if checkpoint is not None and noise_args.ema_decay is None and (Path(checkpoint) / EMA_FILE).is_file():
+        raise Refusal(f"{checkpoint} keeps an average of the weights. Go on with its --ema_decay, or --overwrite.")
+    train, validate, test = wanted_phases(argv, training_args)
+    finished = finished_weights(checkpoint, training_args) if checkpoint else None
+    if train and finished:
+        say(f"{checkpoint} has all the steps asked for: nothing to train. (--overwrite starts afresh.)")
+        train, checkpoint = False, finished
+    if model_args.twin and training_args.weight_decay_is_default:
+        training_args.weight_decay = 0.0
+    set_seed(training_args.seed)
+
+    if model_args.model_name_or_path is None:
+        vae = model_args.vae_name_or_path and _load_vae(model_args.vae_name_or_path, training_args)
+        with refusing_bad_values():
+            config = _new_config(model_args, training_args, vae)
+    else:
+        config = AutoConfig.from_pretrained(model_args.model_name_or_path)
+        if config.model_type != "ebt_image":
+            raise Refusal(f"{model_args.model_name_or_path} is a {config.model_type} model, not one for images.")
+        vae = config.vae_name_or_path and _load_vae(config.vae_name_or_path, training_args)
+    vae = vae or None
+    size = tuple(side * _shrinkage(vae) for side in config.height_and_width)
+    channels = config.num_channels if vae is None else vae.config.in_channels
+
+    level = DEFAULT_NOISE_LEVEL if noise_args.noise_level is None else noise_args.noise_level
+    share = noise_args.twin_max_timestep or level
+    max_timestep = max(1, share_timesteps(share))
+    with training_args.main_process_first(desc="reading the data"), refusing_bad_values():
+        tables = _load_tables(data_args)
+        images: dict[str, Any] = {
+            split: _images(split, table, size, channels, data_args, training_args.seed)
+            for split, table in tables.items()
+        }
+        if vae is not None:
+            images = _latents(images, vae, data_args, training_args)
+        collator = (
+            DiffusionCollator(max_timestep)
+            if model_args.twin
+            else NoisyImageCollator(level, noise_args.random_noise_level)
+        )
+        averages = [] if noise_args.ema_decay is None else [EMACallback(noise_args.ema_decay)]
+        model = _build_model(model_args, config, max_timestep)
+    if training_args.eval_strategy != "no" and "validation" not in images:
+        raise Refusal("--eval_strategy needs validation data: --validation_file or --validation_split_percentage.")
+    source = data_args.dataset_name or " ".join(data_args.train_file or [])
+    with refusing_bad_values():
+        trainer = EBTTrainer(
+            model,
+            training_args,
+            train_dataset=images["train"],
+            eval_dataset=images.get("validation"),
+            processing_class=None if model_args.twin else _image_processor(config, vae),
+            data_collator=collator,
+            callbacks=list(averages),
+            run_facts=RunFacts(
+                data=_describe(source, size, channels, level, noise_args, max_timestep if model_args.twin else None),
+                command=shlex.join(["ebt", "train", "denoise", *argv]),
+                base_model=model_args.model_name_or_path,
+                notes=_notes(model_args, noise_args),
+            ),
+        )
+    say(f"{type(model).__name__}: {sum(p.numel() for p in model.parameters()):,} parameters.")
+    if train:
+        result = trainer.train(resume_from_checkpoint=checkpoint or False)
+        trainer.log_metrics("train", result.metrics)
+        trainer.save_metrics("train", result.metrics)
+        trainer.save_state()
+    elif checkpoint is not None:
+        trainer._load_from_checkpoint(checkpoint)
+        for callback in averages:
+            with refusing_bad_values():
+                callback.load(model, checkpoint, into_model=True)
+    if validate and "validation" in images:
+        _evaluate(trainer, images["validation"], "eval")
+    if test and "test" in images:
+        _evaluate(trainer, images["test"], "test")
+    if train:
+        if not model_args.twin:
+            trainer.save_model()
+        elif trainer.is_world_process_zero():  # as diffusers loads it
+            model.save_pretrained(training_args.output_dir)
+            write_model_card(trainer, training_args.output_dir)
+        say(f"Saved to {training_args.output_dir}.")
+        if training_args.push_to_hub:
+            trainer.push_to_hub()
+    # several processes: one that ends while threads of its group still run is aborted
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.end_training()
+
+
+def _describe(
+    source: str, size: tuple[int, ...], channels: int, level: float, noise: NoiseArguments, max_timestep: int | None
+) -> str:
+    kind = "grey" if channels == 1 else "colour"
+    if max_timestep is not None:
+        amount = f"diffusion timesteps 0 to {max_timestep - 1} of 1000"
+    elif noise.random_noise_level is not None:
+        amount = f"noise levels {' to '.join(map(str, noise.random_noise_level))}"
+    else:
+        amount = f"noise level {level}"
+    return f"{source}, {kind} images of {size[0]} x {size[1]}, {amount}"
+
+
+def _notes(model: ModelArguments, noise: NoiseArguments) -> list[str]:
+    notes = []
+    if noise.ema_decay is not None:
+        notes.append(f"The weights are a moving average over training (decay {noise.ema_decay}).")
+    if model.twin:
+        notes.append("Its feed-forward layers are 4 times its width, as diffusers fixes them.")
+    return notes
+
+
+def main(argv: list[str] | None = None) -> None:
+    """
+    Run the script.
+
+    Args:
+        argv (`list[str]`, *optional*): command line without the program's name; `None` takes the process's own.
+
+    Raises:
+        SystemExit: after `--help`, and with a message for options that contradict each other or do not work.
+    """
+    _run(sys.argv[1:] if argv is None else list(argv))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,215 @@
+"""What the training scripts share: their command line, their refusals, and how they treat the output folder."""
+
+import os
+import re
+from argparse import RawDescriptionHelpFormatter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+    from .arguments import EBTTrainingArguments
+
+
+@dataclass
+class RunArguments:
+    """How the script treats its output folder."""
+
+    overwrite: bool = field(
+        default=False,
+        metadata={"help": "Start afresh in an output folder with other content; removes the checkpoints in it."},
+    )
+
+
+class Refusal(SystemExit):
+    """An error of the user's input: the message alone, no traceback."""
+
+
+@contextmanager
+def refusing_bad_values() -> Iterator[None]:
+    """Errors about what the user asked for need no traceback either."""
+    from huggingface_hub.errors import StrictDataclassError
+
+    try:
+        yield
+    except StrictDataclassError as error:  # a config's own check is its cause
+        raise Refusal(f"{error.__cause__ or error}") from error
+    except (ValueError, TypeError, FileNotFoundError, ImportError) as error:
+        raise Refusal(f"{error}") from error
+
+
+# ---- command line ----------------------------------------------------------------------------------------------
+
+
+def parse_command_line(
+    argv: list[str],
+    kind: str,
+    description: str | None,
+    own: tuple[type, ...],
+    training_class: "Callable[[], type[EBTTrainingArguments]]",
+) -> tuple[Any, ...]:
+    """
+    Parses the command line of a training script. `--help` answers without importing torch.
+
+    Args:
+        argv (`list[str]`): the command line without the program's name.
+        kind (`str`): the script's name behind `ebt train`.
+        description (`str`, *optional*): what `--help` says first.
+        own (`tuple[type]`): dataclasses with the script's own options.
+        training_class (`Callable`): imports and returns the class of the trainer's options.
+
+    Returns:
+        One object for each of `own`, and the training arguments.
+
+    Raises:
+        SystemExit: after `--help`, and with a message for bad values.
+    """
+    from transformers.hf_argparser import HfArgumentParser
+
+    look: dict[str, Any] = {"description": description, "formatter_class": RawDescriptionHelpFormatter}
+    if "-h" in argv or "--help" in argv:
+        parser = HfArgumentParser(own, usage=f"ebt train {kind} [options]", **look)
+        parser.epilog = (
+            "Every option of transformers.TrainingArguments works too (--output_dir, --max_steps, --learning_rate, "
+            "--per_device_train_batch_size, --resume_from_checkpoint auto, --bf16, ...), with --recipe, "
+            "--step_size_lr_multiplier and --early_stopping_patience. --help_all lists them all."
+        )
+        parser.parse_args(["--help"])
+    parser = HfArgumentParser((*own, training_class()), prog=f"ebt train {kind}", **look)
+    if "--help_all" in argv:
+        parser.parse_args(["--help"])
+    with refusing_bad_values():
+        return parser.parse_args_into_dataclasses(argv)
+
+
+def say(message: str) -> None:
+    """Tells the user, once however many processes there are."""
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(message, flush=True)
+
+
+def given_options(arguments: Any, names: tuple[str, ...]) -> list[str]:
+    """Which of the options differ from their default."""
+    defaults = {item.name: item.default if item.default is not MISSING else None for item in fields(arguments)}
+    return [name for name in names if getattr(arguments, name) != defaults[name]]
+
+
+def as_flags(names: list[str]) -> str:
+    return ", ".join(f"--{name}" for name in names)
+
+
+def wanted_phases(argv: list[str], training: "EBTTrainingArguments") -> tuple[bool, bool, bool]:
+    """Train, validate, test: all, unless some of --do_train, --do_eval, --do_predict are given."""
+    # --eval_strategy switches do_eval on by itself, so only the command line tells what was asked for
+    named = [any(word.split("=")[0] == flag for word in argv) for flag in ("--do_train", "--do_eval", "--do_predict")]
+    if not any(named):
+        return True, True, True
+    return training.do_train, training.do_eval and named[1], training.do_predict
+
+
+# ---- output folder ---------------------------------------------------------------------------------------------
+
+
+def start_point(training: "EBTTrainingArguments", overwrite: bool) -> str | None:
+    """The checkpoint to go on from; decides what may happen to the output folder."""
+    from .trainer import TRAINER_STATE, find_last_checkpoint
+
+    folder = Path(training.output_dir)
+    asked = training.resume_from_checkpoint
+    if asked and overwrite:
+        raise Refusal("--resume_from_checkpoint and --overwrite contradict each other. Give one of them.")
+    if asked and asked != "auto":
+        if not (Path(asked) / TRAINER_STATE).is_file():
+            raise Refusal(
+                f"--resume_from_checkpoint {asked}: no complete checkpoint (it has no {TRAINER_STATE}). Give a "
+                "checkpoint-N folder, or auto."
+            )
+        say(f"Going on from {asked}.")
+        return asked
+    if overwrite:
+        if training.process_index == 0:
+            _remove_checkpoints(folder)
+        return None
+    last = find_last_checkpoint(folder)
+    if last is not None:
+        say(f"Found {last}: going on from there. (--overwrite starts afresh.)")
+        return str(last)
+    if folder.is_dir() and any(folder.iterdir()):
+        raise Refusal(
+            f"The output folder {folder} has content but no complete checkpoint. Choose another --output_dir, or "
+            "--overwrite."
+        )
+    return None
+
+
+def finished_weights(checkpoint: str, training: "EBTTrainingArguments") -> str | None:
+    """The weights of a run that has nothing left to train, best or last as asked; None if there is more to do."""
+    import json
+
+    from .trainer import TRAINER_STATE
+
+    state = json.loads((Path(checkpoint) / TRAINER_STATE).read_text(encoding="utf-8"))
+    if training.max_steps > 0:
+        finished = state["global_step"] >= training.max_steps
+    else:
+        finished = (
+            state["global_step"] >= state["max_steps"] and state["num_train_epochs"] >= training.num_train_epochs
+        )
+    if not finished:
+        return None
+    best = state.get("best_model_checkpoint")
+    return best if training.load_best_model_at_end and best and Path(best).is_dir() else checkpoint
+
+
+def _remove_checkpoints(folder: Path) -> None:
+    import shutil
+
+    for checkpoint in sorted(folder.glob("checkpoint-*")):
+        if checkpoint.is_dir() and checkpoint.name.removeprefix("checkpoint-").isdigit():
+            say(f"--overwrite: removing {checkpoint}.")
+            shutil.rmtree(checkpoint)
+
+
+# ---- model -----------------------------------------------------------------------------------------------------
+
+
+def parse_overrides(text: str | None, config_class: type["PreTrainedConfig"]) -> dict[str, Any]:
+    """`a=1,b=gelu` to a dict; every name has to be a field of the config."""
+    import json
+
+    known = {item.name for item in fields(config_class)}
+    values: dict[str, Any] = {}
+    for part in re.split(r",(?![^\[]*\])", text or ""):  # commas inside a list belong to it
+        name, separator, value = (piece.strip() for piece in part.partition("="))
+        if not part.strip():
+            continue
+        if not separator or name not in known:
+            raise Refusal(
+                f"--config_overrides: {part.strip()!r} is no field=value of {config_class.__name__}. Fields: "
+                f"{', '.join(sorted(known))}."
+            )
+        try:
+            values[name] = json.loads({"True": "true", "False": "false", "None": "null"}.get(value, value))
+        except json.JSONDecodeError:
+            values[name] = value
+    return values
+
+
+__all__ = [
+    "Refusal",
+    "RunArguments",
+    "as_flags",
+    "finished_weights",
+    "given_options",
+    "parse_command_line",
+    "parse_overrides",
+    "refusing_bad_values",
+    "say",
+    "start_point",
+    "wanted_phases",
+]
