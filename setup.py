@@ -5,7 +5,16 @@ from setuptools.command.build_py import build_py as _build_py
 
 
 PACKAGE = "ebt_transformers"
-SUBPACKAGES = ("assets", "configuration", "modeling_ebt", "pipelines", "training")
+SUBPACKAGES = (
+    "assets",
+    "configuration",
+    "metrics",
+    "metrics.psnr",
+    "metrics.ssim",
+    "modeling_ebt",
+    "pipelines",
+    "training",
+)
 ROOT_MODULES = ("__init__", "cli", "demo", "exports", "reporting")
 DATA_FOLDERS = ("assets.tiny_ebt",)  # no code inside; setuptools wants them named all the same
 PACKAGE_DATA = {

@@ -1,0 +1,1 @@
+"""Peak signal-to-noise ratio, an `evaluate` module."""
