@@ -106,7 +106,7 @@ def check_image_values(images: Tensor) -> None:
     """Raises for values that are not finite, or so large that the images cannot have been scaled."""
     if images.device.type == "meta" or torch.compiler.is_compiling():
         return
-    lowest, highest = (float(value) for value in torch.aminmax(images))
+    lowest, highest = (float(value) for value in torch.aminmax(images.detach()))
     if not (math.isfinite(lowest) and math.isfinite(highest)):
         raise ValueError("The images hold values that are not finite (NaN or infinity).")
     largest = max(-lowest, highest)

@@ -1,6 +1,7 @@
 """Recorded runs of the official code, and how this package's results are compared with them."""
 
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -254,8 +255,9 @@ class Replay:
 
     def __call__(self, shape: Any, generator: Any, device: torch.device, dtype: torch.dtype) -> Tensor:
         draw = self.draws.pop(0)
-        assert tuple(draw.shape) == tuple(shape)
-        return draw.to(device=device, dtype=dtype)
+        # images have a dimension for candidates here
+        assert [side for side in draw.shape if side > 1] == [side for side in shape if side > 1]
+        return draw.view(shape).to(device=device, dtype=dtype)
 
 
 def replay_training(monkeypatch: Any, case: Case, variant: str) -> None:
@@ -294,6 +296,37 @@ def digest_errors(gradient: Tensor, digest: Mapping[str, float]) -> tuple[float,
     flat = gradient.double().flatten()
     weights = torch.cos(0.7 * torch.arange(flat.numel(), dtype=torch.float64) + 0.3)
     return abs(flat.norm().item() - digest["l2"]), abs((flat @ weights).item() - digest["dot"])
+
+
+def official_gradients(model: Any) -> dict[str, Tensor]:
+    """The gradients of a model, in official names and layout."""
+    from ebt_transformers.modeling_ebt import conversion_ebt as conversion
+
+    gradients = {
+        name: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
+    return conversion.tensors_to_official(gradients, model.config)
+
+
+def check_gradients(case: Case, model: Any, variant: str) -> None:
+    """All parameter gradients against the recorded ones, or their digests where only those were recorded."""
+    recorded = case.info["grad_variants"][variant]
+    rtol = recorded["suggested_rtol_of_max"]
+    mine = official_gradients(model)
+    file = case.folder / f"grads.{variant}.safetensors"
+    if file.is_file():
+        reference = load_file(file)
+        assert set(mine) == set(reference)
+        for name, gradient in reference.items():
+            case.close(f"gradient {variant} {name}", mine[name], gradient, rtol)
+    assert set(mine) == set(recorded["digest"])
+    for name, digest in recorded["digest"].items():
+        # what an error of `rtol * max` in every element can change the norm by, and the projection unless all conspire
+        allowed = rtol * mine[name].abs().max().item() * math.sqrt(mine[name].numel())
+        for kind, error in zip(("norm", "projection"), digest_errors(mine[name], digest), strict=True):
+            case.within(f"digest {kind} {variant} {name}", error, allowed + 1e-12)
 
 
 def identifier(value: Any) -> str:

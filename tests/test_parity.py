@@ -69,35 +69,6 @@ def replay_training(monkeypatch: pytest.MonkeyPatch) -> Callable[[Case, str], No
     return lambda case, variant: parity.replay_training(monkeypatch, case, variant)
 
 
-def official_gradients(model: Any) -> dict[str, Tensor]:
-    """The gradients of a model, in official names and layout."""
-    gradients = {
-        name: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad
-    }
-    return conversion.tensors_to_official(gradients, model.config)
-
-
-def check_gradients(case: Case, model: Any, variant: str) -> None:
-    """All parameter gradients against the recorded ones, or their digests where only those were recorded."""
-    recorded = case.info["grad_variants"][variant]
-    rtol = recorded["suggested_rtol_of_max"]
-    mine = official_gradients(model)
-    file = case.folder / f"grads.{variant}.safetensors"
-    if file.is_file():
-        reference = load_file(file)
-        assert set(mine) == set(reference)
-        for name, gradient in reference.items():
-            case.close(f"gradient {variant} {name}", mine[name], gradient, rtol)
-    assert set(mine) == set(recorded["digest"])
-    for name, digest in recorded["digest"].items():
-        # what an error of `rtol * max` in every element can change the norm by, and the projection unless all conspire
-        allowed = rtol * mine[name].abs().max().item() * math.sqrt(mine[name].numel())
-        for kind, error in zip(("norm", "projection"), parity.digest_errors(mine[name], digest), strict=True):
-            case.within(f"digest {kind} {variant} {name}", error, allowed + 1e-12)
-
-
 def check_losses(case: Case, output: Any, recorded: dict[str, Any]) -> None:
     """Loss of the recipe, losses of the first and the last step, and the perplexity."""
     mine = {
@@ -209,7 +180,7 @@ def test_training_loss_and_every_parameter_gradient_agree(case: Case, variant: s
     )
     check_losses(case, output, recorded)
     output.loss.backward()
-    check_gradients(case, model, variant)
+    parity.check_gradients(case, model, variant)
 
 
 @pytest.mark.parametrize("case", REPLAYED, ids=str)
@@ -224,7 +195,7 @@ def test_training_on_replayed_predictions_agrees(case: Case) -> None:
     output = model(tokens[:, :-1], initial_candidate=start, labels=labels, shift_labels=labels)
     check_losses(case, output, case.info["grad_variants"]["default"])
     output.loss.backward()
-    check_gradients(case, model, "default")
+    parity.check_gradients(case, model, "default")
     case.close("call2.logits.1", output.logits.detach(), case.io["call2.logits.1"], parity.LOSS_RTOL)
 
 
@@ -238,7 +209,7 @@ def test_transformer_pp_logits_loss_and_gradients_agree(case: Case) -> None:
     exact = recorded["log_dict"]["loss"]
     case.within("loss", abs(output.loss.item() - exact), parity.LOSS_RTOL * exact)
     output.loss.backward()
-    check_gradients(case, model, "default")
+    parity.check_gradients(case, model, "default")
 
 
 # ---- generation and checkpoints ----------------------------------------------------------------------------------
