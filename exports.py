@@ -1,6 +1,8 @@
 """The public names of the package; importing this module registers every model with the Auto classes."""
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageToImage
+from transformers.pipelines import PIPELINE_REGISTRY
+from transformers.utils import is_vision_available
 
 from .configuration import PRESETS, EBTConfig, EBTImageConfig, ThinkingConfig, transformer_pp_config
 from .modeling_ebt import (
@@ -14,6 +16,8 @@ from .modeling_ebt import (
     EBTModel,
     EBTModelOutputWithPast,
 )
+from .modeling_ebt.image_processing_ebt import EBTImageProcessor
+from .pipelines.image_denoising import TASK, ImageDenoisingPipeline
 
 
 AutoConfig.register(EBTConfig.model_type, EBTConfig, exist_ok=True)
@@ -29,6 +33,14 @@ AutoModelForImageToImage.register(EBTImageConfig, EBTForImageDenoising, exist_ok
 EBTImageConfig.register_for_auto_class()
 EBTImageModel.register_for_auto_class("AutoModel")
 EBTForImageDenoising.register_for_auto_class("AutoModelForImageToImage")
+EBTImageProcessor.register_for_auto_class("AutoImageProcessor")
+if is_vision_available():  # without pillow transformers has no AutoImageProcessor to register with
+    from transformers import AutoImageProcessor
+
+    AutoImageProcessor.register(EBTImageConfig, image_processor_classes={"pil": EBTImageProcessor}, exist_ok=True)
+PIPELINE_REGISTRY.register_pipeline(
+    TASK, pipeline_class=ImageDenoisingPipeline, pt_model=AutoModelForImageToImage, type="image"
+)
 
 __all__ = [
     "PRESETS",
@@ -41,8 +53,10 @@ __all__ = [
     "EBTImageDenoisingOutput",
     "EBTImageModel",
     "EBTImageModelOutput",
+    "EBTImageProcessor",
     "EBTModel",
     "EBTModelOutputWithPast",
+    "ImageDenoisingPipeline",
     "ThinkingConfig",
     "transformer_pp_config",
 ]

@@ -1,10 +1,12 @@
-"""What a user calls: text with its thinking, and how thinking pays on held-out text."""
+"""What a user calls: text with its thinking, how thinking pays on held-out text, and denoised pictures."""
 
+from .image_denoising import ImageDenoisingPipeline
 from .perplexity import mean_losses_by_steps, perplexity_by_steps
 from .text_generation import ThoughtfulGeneration, TokenThought, generate_with_energies
 
 
 __all__ = [
+    "ImageDenoisingPipeline",
     "ThoughtfulGeneration",
     "TokenThought",
     "generate_with_energies",

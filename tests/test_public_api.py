@@ -17,9 +17,16 @@ PROMISED = {
     "EBTCausalLMOutputWithPast",
     "EBTConfig",
     "EBTForCausalLM",
+    "EBTForImageDenoising",
     "EBTGenerateOutput",
+    "EBTImageConfig",
+    "EBTImageDenoisingOutput",
+    "EBTImageModel",
+    "EBTImageModelOutput",
+    "EBTImageProcessor",
     "EBTModel",
     "EBTModelOutputWithPast",
+    "ImageDenoisingPipeline",
     "ThinkingConfig",
     "transformer_pp_config",
 }
@@ -27,6 +34,7 @@ PROMISED = {
 
 # promised too, but imported on first use
 LATER = {
+    "EBTDenoisingPipeline",
     "EBTTrainer",
     "EBTTrainingArguments",
     "generate_with_energies",

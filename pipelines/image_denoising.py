@@ -1,0 +1,506 @@
+"""
+`pipeline("image-denoising")`: noisy pictures in, denoised pictures out, with the thinking behind them on request.
+
+Shapes: ``C`` channels, ``H x W`` pixels (or latents), ``K`` thinking steps.
+"""
+
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from transformers import Pipeline, PreTrainedModel
+from transformers.image_utils import is_pil_image
+from transformers.utils.logging import tqdm
+
+from ..configuration import FLAT_THINKING_NAMES, ThinkingConfig
+from ..configuration.noise_ebt import noise_scheduler
+from ..modeling_ebt.image_processing_ebt import OUTPUT_TYPES, EBTImageProcessor
+from .image_tiles import Canvas, Tiling
+from .latents import decode, encode, load_vae, need_diffusers, vae_scale_factor
+
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
+
+TASK = "image-denoising"
+HALF_RANGE = 127.5  # 0..255 to -1..1
+LONG_LIST = 10  # longer ones show a progress bar
+COLUMNS = ("image", "img", "images", "pixel_values")  # of a dataset's rows
+FORWARD_OPTIONS = (
+    "add_noise_level",
+    "noise_seed",
+    "noise_std",
+    "output_energies",
+    "output_trajectory",
+    "tile_size",
+    "tile_overlap",
+    "_batch_size",
+    "_progress",
+)
+
+
+# ---- what both pipelines do ------------------------------------------------------------------------------------
+
+
+@dataclass
+class DenoisedImage:
+    """
+    One image after thinking, as the model returns it: on its own scale, not clipped, on the CPU.
+
+    Args:
+        image (`torch.FloatTensor` of shape `(C, H, W)`): denoised.
+        steps_taken (`int`): thinking steps that moved it; of tiles the most.
+        energies (`torch.FloatTensor` of shape `(K + 1,)`, *optional*): before every step and after the last; of tiles
+            the mean.
+        trajectory (`torch.FloatTensor` of shape `(K + 1, C, H, W)`, *optional*): the start and the image after every
+            step.
+    """
+
+    image: Tensor
+    steps_taken: int
+    energies: Tensor | None
+    trajectory: Tensor | None
+
+
+def check_denoiser(model: PreTrainedModel) -> None:
+    """Raises a `TypeError` for a model that does not denoise images by descent."""
+    # by what it has, not by its class: code from the Hub, and adapters, bring classes of their own
+    if not hasattr(model, "energy") or not hasattr(model.config, "patch_size"):
+        raise TypeError(
+            f"{type(model).__name__} does not denoise images by descending an energy. Give an EBTForImageDenoising."
+        )
+
+
+def denoise(
+    model: PreTrainedModel,
+    images: Sequence[Tensor],
+    thinking: ThinkingConfig | None = None,
+    tiling: Tiling | None = None,
+    batch_size: int = 1,
+    output_energies: bool = False,
+    output_trajectory: bool = False,
+    progress: Any | None = None,
+) -> list[DenoisedImage]:
+    """
+    Denoises images of any sizes; those larger than a tile in overlapping tiles.
+
+    Args:
+        model ([`EBTForImageDenoising`]): the model, in evaluation mode.
+        images (sequence of `torch.FloatTensor` of shape `(C, H, W)`): noisy images on the model's scale.
+        thinking ([`ThinkingConfig`], *optional*): how to think.
+        tiling ([`Tiling`], *optional*): how large images are cut; whole by default.
+        batch_size (`int`, *optional*, defaults to 1): images or tiles that go through the model at once.
+        output_energies, output_trajectory (`bool`, *optional*): return those, too.
+        progress (`Callable`, *optional*): given the list of batches, returns it with a progress bar.
+
+    Returns:
+        `list[DenoisedImage]`, one for each image.
+    """
+    by_shape: dict[tuple[int, int], list[tuple[int, int, int]]] = {}
+    for number, image in enumerate(images):
+        height, width = image.shape[-2:]
+        whole = [(0, 0, height, width)]
+        for top, left, *shape in whole if tiling is None else tiling.places(height, width):
+            by_shape.setdefault((shape[0], shape[1]), []).append((number, top, left))
+    batches = [
+        (shape, places[start : start + batch_size])
+        for shape, places in by_shape.items()
+        for start in range(0, len(places), batch_size)
+    ]
+    overlap = (0, 0) if tiling is None else tiling.overlap
+    pictures = [Canvas(image.shape, overlap) for image in images]
+    paths: list[Canvas | None] = [None] * len(images)
+    energies: list[list[Tensor]] = [[] for _ in images]
+    steps = [0] * len(images)
+    for (height, width), places in batches if progress is None else progress(batches):
+        tiles = [images[number][:, top : top + height, left : left + width] for number, top, left in places]
+        output = model(
+            torch.stack(tiles).to(model.device),
+            thinking=thinking,
+            output_energies=output_energies,
+            output_trajectory=output_trajectory,
+        )
+        for row, (number, top, left) in enumerate(places):
+            pictures[number].add(output.reconstruction[row].cpu(), top, left)
+            steps[number] = max(steps[number], int(output.steps_taken[row]))
+            if output_energies:
+                energies[number].append(output.energies[row].cpu())
+            if output_trajectory:
+                states = output.trajectory[row].cpu()
+                path = paths[number]
+                if path is None:
+                    path = paths[number] = Canvas((len(states), *images[number].shape), overlap)
+                path.add(states, top, left)
+    results = []
+    for number, picture in enumerate(pictures):
+        path, values = paths[number], energies[number]
+        results.append(
+            DenoisedImage(
+                image=picture.picture(),
+                steps_taken=steps[number],
+                energies=torch.stack(values).mean(0) if values else None,
+                trajectory=None if path is None else path.picture(),
+            )
+        )
+    return results
+
+
+def scale_for_noise(noise_std: float) -> float:
+    r"""
+    What brings a picture with noise on top to how the model saw noisy images in training.
+
+    The model learned from `sqrt(a) x + sqrt(1 - a) n`; a photo is `x + s n` with `s = noise_std / 127.5`. Both are the
+    same but for the factor `sqrt(a)` where `(1 - a) / a = s ** 2`, so where `sqrt(a) = 1 / sqrt(1 + s ** 2)`.
+
+    Args:
+        noise_std (`float`): standard deviation of the picture's noise, in units of 0..255.
+
+    Raises:
+        ValueError: for a number that is not finite or below 0.
+    """
+    if not isinstance(noise_std, (int, float)) or isinstance(noise_std, bool) or not 0 <= noise_std < math.inf:
+        raise ValueError(f"`noise_std` must be a finite number of at least 0, in units of 0..255, got {noise_std!r}.")
+    return 1 / math.sqrt(1 + (noise_std / HALF_RANGE) ** 2)
+
+
+def check_noise_options(noise_std: float | None, level: float | None, vae: Any | None, level_name: str) -> None:
+    """Raises a `ValueError` where the noise of a picture can have no meaning."""
+    if noise_std is not None and level is not None:
+        raise ValueError(f"`noise_std` is for noisy pictures, `{level_name}` for clean ones. Give one of them.")
+    if noise_std is not None and vae is not None:
+        raise ValueError(
+            "`noise_std` is for models on pixels: what an autoencoder makes of a picture's noise is no scaled noise."
+        )
+
+
+def check_vae(vae: "AutoencoderKL", config: Any) -> None:
+    """Raises for an autoencoder that does not fit a model."""
+    if config.vae_name_or_path is None:
+        raise ValueError(
+            "A `vae` was given, but the model works on pixels: its `config.vae_name_or_path` is None. Leave the `vae` "
+            "out, or name the one the model was trained with in the config."
+        )
+    if vae.config.latent_channels != config.num_channels:
+        raise ValueError(
+            f"The autoencoder's latents have {vae.config.latent_channels} channels, the model takes "
+            f"{config.num_channels}. Give the autoencoder the model was trained with."
+        )
+
+
+# ---- the pipeline of transformers --------------------------------------------------------------------------------
+
+
+class _Rows(Dataset):
+    """A sequence as a torch dataset, which a pipeline walks lazily."""
+
+    def __init__(self, rows: Any) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.rows[index]
+
+
+class ImageDenoisingPipeline(Pipeline):
+    r"""
+    Denoises pictures with [`EBTForImageDenoising`]: `pipeline("image-denoising", model=...)` after
+    `import ebt_transformers`. (transformers 5 has no image-to-image pipeline any more; this one stands alone.)
+
+    Pictures may have any size, also in one call. Sides that are no multiple of the patch are filled up with the
+    picture's mirror image and cut back. Pictures larger than the model's `image_size` are denoised in overlapping
+    tiles.
+
+    Whose noise? The model was trained on `sqrt(a) x + sqrt(1 - a) n`: clean pictures `x` on -1..1, *made fainter* and
+    given Gaussian noise of one strength. A noisy photo is `x + s n`, not fainter, with what left 0..255 cut off. With
+    `noise_std` its contrast is brought to what the model knows (see the option); how well it does then depends on how
+    near the photo's noise is to the noise it was trained with. By default a picture is taken as it is.
+
+    Args:
+        model ([`EBTForImageDenoising`] or `str`): the model, or a folder or Hub id of one.
+        image_processor ([`EBTImageProcessor`], *optional*): by default the one saved with the model, or one made from
+            its config.
+        vae (`diffusers.AutoencoderKL`, *optional*): for a model on latents, instead of loading
+            `config.vae_name_or_path` when it is first needed.
+        batch_size (`int`, *optional*, defaults to 1): pictures or tiles that go through the model at once.
+        kwargs: defaults of the options of a call, below.
+
+    Options, at construction and of every call, which wins:
+
+        thinking ([`ThinkingConfig`] or `dict`, *optional*), thinking_steps, thinking_candidates, ...: how to think.
+        output_type (`str`, *optional*, defaults to `"pil"`): `"pil"`, `"np"` (float32 `(H, W, C)` from 0 to 1) or
+            `"pt"` (float32 `(C, H, W)` from 0 to 1).
+        output_energies (`bool`, *optional*, defaults to `False`): add `energies` and `steps_taken`.
+        output_trajectory (`bool`, *optional*, defaults to `False`): add `trajectory`.
+        tile_size (`int`, `(int, int)`, `"auto"` or `None`, *optional*, defaults to `"auto"`): height and width of the
+            tiles of larger pictures, multiples of the patch size; `"auto"` is the model's `image_size`, `None`
+            denoises every picture whole, with positions interpolated.
+        tile_overlap (`int`, *optional*): rows and columns that neighbouring tiles share; by default a quarter of a
+            tile.
+        noise_std (`float`, *optional*): standard deviation of the noise the picture has, in units of 0..255. The
+            picture is multiplied by `1 / sqrt(1 + (noise_std / 127.5) ** 2)`, which makes `x + s n` what the model
+            calls a noisy image. Not for models on latents.
+        add_noise_level (`float`, *optional*): for demonstrations with clean pictures: first add noise as in training,
+            this share of the way to pure noise (above 0, at most 1; the paper's are 0.1 and 0.2). Adds `noisy_image`.
+        noise_seed (`int`, *optional*, defaults to 0): seed of that noise; each picture's own, whatever its batch.
+
+    Example:
+
+    ```python
+    >>> import numpy as np
+    >>> from transformers import pipeline
+    >>> from ebt_transformers import EBTForImageDenoising, EBTImageConfig
+
+    >>> model = EBTForImageDenoising(EBTImageConfig.from_preset("4xs", image_size=16, patch_size=4))
+    >>> denoiser = pipeline("image-denoising", model=model, device="cpu", thinking_steps=2)
+    >>> result = denoiser(np.zeros((18, 30, 3), dtype=np.uint8), output_energies=True)
+    >>> result["image"].size, len(result["energies"])
+    ((30, 18), 3)
+    ```
+    """
+
+    _load_processor = False
+    _load_image_processor: bool | None = None
+    _load_video_processor = False
+    _load_feature_extractor = False
+    _load_tokenizer = False
+
+    image_processor: Any
+
+    def __init__(self, *args: Any, vae: "AutoencoderKL | None" = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        check_denoiser(self.model)
+        self.model.eval()
+        config = self.model.config
+        if vae is not None:
+            check_vae(vae, config)
+            vae = vae.to(self.device).eval()
+        self._vae = vae
+        if self.image_processor is None:
+            self.image_processor = EBTImageProcessor.from_model_config(config)
+
+    @property
+    def vae(self) -> "AutoencoderKL | None":
+        """The autoencoder of a model on latents, loaded when it is first asked for; `None` for a model on pixels."""
+        name = self.model.config.vae_name_or_path
+        if self._vae is None and name is not None:
+            vae = load_vae(name)
+            check_vae(vae, self.model.config)
+            self._vae = vae.to(self.device)
+        return self._vae
+
+    def __call__(
+        self,
+        images: Any,
+        *,
+        batch_size: int | None = None,
+        num_workers: int | None = None,
+        progress: bool | None = None,
+        **options: Any,
+    ) -> Any:
+        """
+        Denoises pictures.
+
+        Args:
+            images: a picture (PIL image, file, URL, numpy array or torch tensor), a list or a batch array of them, a
+                dataset (of pictures, or of rows with a column `image`) or a generator. Arrays hold integers from 0 to
+                255 or floats from 0 to 1.
+            batch_size (`int`, *optional*): pictures or tiles that go through the model at once.
+            num_workers (`int`, *optional*): processes that read the pictures.
+            progress (`bool`, *optional*): show a progress bar; by default for lists of more than 10 pictures. For a
+                single picture it counts the tiles.
+            options: those of the class.
+
+        Returns:
+            A `dict` for a single picture, a `list` of them for a list or a batch, an iterator of them for a dataset or
+            a generator, in order; with
+
+            - `image`: the denoised picture, as `output_type` says;
+            - `energies` (`list[float]`, with `output_energies`): the energy before every step and after the last; of a
+              picture in tiles their mean; and `steps_taken` (`int`): the steps that moved it; of tiles the most;
+            - `trajectory` (`list`, with `output_trajectory`): the start and the picture after every step;
+            - `noisy_image` (with `add_noise_level`): the picture with the noise added.
+
+        Raises:
+            ValueError: for unknown options and values out of range, no picture at all, and images the image processor
+                refuses.
+            FileNotFoundError: for a file that does not exist.
+            ImportError: if the model or an option needs diffusers and it is missing.
+        """
+        rows = batch_size if batch_size is not None else getattr(self, "_batch_size", None)
+        if rows is not None and (not isinstance(rows, int) or rows < 1):
+            raise ValueError(f"`batch_size` must be an integer of at least 1, got {rows!r}.")
+        options = {**options, "_batch_size": rows or 1}
+        if isinstance(images, (np.ndarray, Tensor)) and images.ndim == 4:
+            images = list(images)
+        single = isinstance(images, (str, os.PathLike, np.ndarray, Tensor, Mapping)) or is_pil_image(images)
+        if single:
+            return super().__call__(images, num_workers=num_workers, _progress=bool(progress), **options)
+        is_list = isinstance(images, (list, tuple))
+        if is_list and len(images) == 0:
+            raise ValueError("There is no picture: the list is empty. Give at least one.")
+        if not isinstance(images, (Dataset, Iterator)):
+            images = _Rows(images) if hasattr(images, "__len__") else iter(images)
+        if isinstance(images, Iterator):
+            images = (image for image in images)  # the base class knows generators
+        total = len(images) if hasattr(images, "__len__") else None
+        results = super().__call__(images, batch_size=batch_size, num_workers=num_workers, **options)
+        shown = progress if progress is not None else is_list and (total or 0) > LONG_LIST
+        if shown:
+            results = tqdm(results, total=total, desc="Denoising", unit="image")
+        return list(results) if is_list else iter(results)
+
+    def _sanitize_parameters(self, **options: Any) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+        flat = {name: options.pop(name) for name in list(options) if name.startswith("thinking_")}
+        thinking = ThinkingConfig.from_call(options.pop("thinking", None), flat)
+        # a call's options win over those of the construction, which is still under way when there are none
+        forward: dict[str, Any] = {}
+        constructed = getattr(self, "_forward_params", {}).get("thinking", ThinkingConfig())
+        forward["thinking"] = thinking.merged_over(constructed)
+        forward |= {name: options.pop(name) for name in FORWARD_OPTIONS if name in options}
+        postprocess = {}
+        if "output_type" in options:
+            postprocess["output_type"] = options.pop("output_type")
+            if postprocess["output_type"] not in OUTPUT_TYPES:
+                raise ValueError(
+                    f"`output_type` must be one of {', '.join(OUTPUT_TYPES)}, got {postprocess['output_type']!r}."
+                )
+        if options:
+            public = [name for name in FORWARD_OPTIONS if name[0] != "_"]
+            allowed = sorted([*public, "output_type", "thinking", *FLAT_THINKING_NAMES])
+            raise ValueError(f"Unknown option(s) {', '.join(sorted(options))}. Allowed: {', '.join(allowed)}.")
+        return {}, forward, postprocess
+
+    @property
+    def _unit(self) -> int:
+        """Pixels a side for each cell the model works on."""
+        return 1 if self.vae is None else vae_scale_factor(self.vae)
+
+    def preprocess(self, image: Any) -> dict[str, Any]:
+        """A picture as the model's input, with its size before the padding."""
+        if isinstance(image, Mapping):
+            column = next((name for name in COLUMNS if name in image), None)
+            if column is None:
+                raise ValueError(f"A row of the dataset has no image: it has {', '.join(image)}, not {COLUMNS[0]}.")
+            image = image[column]
+        # a model knows its own patches, whatever a processor saved elsewhere says
+        multiple = self.model.config.patch_size * self._unit
+        prepared = self.image_processor(image, do_pad=True, patch_size=multiple, return_tensors="pt")
+        if len(prepared["pixel_values"]) != 1:
+            raise ValueError(
+                f"One entry of a list must be one picture, got {len(prepared['pixel_values'])}. Give a flat list."
+            )
+        height, width = prepared["original_sizes"][0].tolist()
+        return {"prepared": {"pixel_values": prepared["pixel_values"][0], "size": (height, width)}}
+
+    def _forward(
+        self,
+        model_inputs: dict[str, Any],
+        thinking: ThinkingConfig | None = None,
+        output_energies: bool = False,
+        output_trajectory: bool = False,
+        tile_size: int | Sequence[int] | str | None = "auto",
+        tile_overlap: int | None = None,
+        add_noise_level: float | None = None,
+        noise_seed: int = 0,
+        noise_std: float | None = None,
+        _batch_size: int = 1,
+        _progress: bool = False,
+    ) -> dict[str, Any]:
+        config, vae = self.model.config, self.vae
+        check_noise_options(noise_std, add_noise_level, vae, "add_noise_level")
+        tiling = Tiling.from_options(
+            tile_size, tile_overlap, config.height_and_width, config.patch_size, unit=self._unit
+        )
+        entries = model_inputs["prepared"]
+        batched = isinstance(entries, list)
+        entries = entries if batched else [entries]
+        images = [entry["pixel_values"] for entry in entries]
+        if vae is not None:
+            images = [encode(vae, image[None])[0] for image in images]
+        if noise_std is not None:
+            images = [image * scale_for_noise(noise_std) for image in images]
+        noisy: list[Tensor] = []
+        if add_noise_level is not None:
+            need_diffusers("`add_noise_level`")
+            images = noisy = [self._with_noise(image, add_noise_level, noise_seed) for image in images]
+        found = denoise(
+            self.model,
+            images,
+            thinking,
+            tiling,
+            _batch_size,
+            bool(output_energies),
+            bool(output_trajectory),
+            (lambda batches: tqdm(batches, desc="Denoising", unit="batch")) if _progress else None,
+        )
+        results = []
+        for number, (entry, denoised) in enumerate(zip(entries, found, strict=True)):
+            result: dict[str, Any] = {"size": entry["size"], "image": self._to_pixels(denoised.image[None])}
+            if denoised.energies is not None:
+                result |= {"energies": denoised.energies, "steps_taken": denoised.steps_taken}
+            if denoised.trajectory is not None:
+                result["trajectory"] = self._to_pixels(denoised.trajectory)
+            if noisy:
+                result["noisy_image"] = self._to_pixels(noisy[number][None])
+            results.append(result)
+        return {"results": results if batched else results[0]}
+
+    def postprocess(self, model_outputs: dict[str, Any], output_type: str = "pil") -> dict[str, Any]:
+        """Pictures, floats and integers of one image's tensors."""
+        found = model_outputs["results"]
+
+        def pictures(images: Tensor) -> list[Any]:
+            return self.image_processor.post_process(images, output_type, [found["size"]] * len(images))
+
+        record: dict[str, Any] = {"image": pictures(found["image"])[0]}
+        if "energies" in found:
+            record |= {"energies": found["energies"].tolist(), "steps_taken": found["steps_taken"]}
+        if "trajectory" in found:
+            record["trajectory"] = pictures(found["trajectory"])
+        if "noisy_image" in found:
+            record["noisy_image"] = pictures(found["noisy_image"])[0]
+        return record
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
+        """
+        Saves the model and the image processor; `pipeline("image-denoising", model=folder)` loads them again, after
+        `import ebt_transformers`. An autoencoder stays where `config.vae_name_or_path` says.
+
+        Args:
+            save_directory (`str` or `PathLike`): a folder, made if need be.
+            kwargs: of `save_pretrained` of the model and of the processor (`push_to_hub` and the like).
+        """
+        # not the base class's: it would list the pipeline as remote code, which a plain import then may not load
+        self.model.save_pretrained(save_directory, **kwargs)
+        self.image_processor.save_pretrained(save_directory, **kwargs)
+
+    def _to_pixels(self, images: Tensor) -> Tensor:
+        """What the model works on `(N, C, H, W)` as images."""
+        return images if self.vae is None else torch.cat([decode(self.vae, image[None]) for image in images])
+
+    @staticmethod
+    def _with_noise(image: Tensor, level: float, seed: int) -> Tensor:
+        """An image `(C, H, W)` with noise as in training, the same on every device."""
+        scheduler, timestep = noise_scheduler(level)
+        noise = torch.randn(image.shape, generator=torch.Generator().manual_seed(seed)).to(image.device)
+        return scheduler.add_noise(image[None], noise[None], torch.tensor([timestep], device=image.device))[0]
+
+
+__all__ = [
+    "TASK",
+    "DenoisedImage",
+    "ImageDenoisingPipeline",
+    "check_denoiser",
+    "check_noise_options",
+    "check_vae",
+    "denoise",
+    "scale_for_noise",
+]
