@@ -204,7 +204,8 @@ def test_model_that_does_not_think(checkpoint, tmp_path, capsys):
 
 def test_train_help_and_its_mistakes(capsys):
     assert cli.main(["train", "--help"]) == 0
-    assert "clm" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "clm" in shown and "denoise" in shown
     with pytest.raises(SystemExit) as leaving:
         cli.main(["train", "clm", "--help"])
     assert leaving.value.code == 0

@@ -86,9 +86,15 @@ class DiTTwin(nn.Module):
     """
 
     main_input_name = "pixel_values"
+    # told, or the type checker takes every attribute of a module for a tensor
+    dit: "DiTTransformer2DModel"
+    scheduler: "DDPMScheduler"
 
     def __init__(
-        self, dit: nn.Module, scheduler: "DDPMScheduler | None" = None, max_timestep: int = PAPER_TIMESTEPS
+        self,
+        dit: "DiTTransformer2DModel",
+        scheduler: "DDPMScheduler | None" = None,
+        max_timestep: int = PAPER_TIMESTEPS,
     ) -> None:
         super().__init__()
         self.dit = dit

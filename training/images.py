@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..configuration.noise_ebt import noise_scheduler
 from .data import SPLITS
@@ -41,7 +42,7 @@ def _datasets() -> Any:
         import PIL.Image  # noqa: F401
     except ImportError as error:
         raise ImportError(
-            "Reading images needs `datasets` and `pillow`: pip install 'ebt-transformers[train,image]'."
+            "Reading images needs `datasets` and `pillow`: pip install 'ebt-transformers[train,image,diffusers]'."
         ) from error
     return datasets
 
@@ -281,8 +282,14 @@ class Images(torch.utils.data.Dataset):
         self.horizontal_flip = training and horizontal_flip
         self.training = training
         self.seed = seed if training else EVALUATION_SEED
-        self.epoch = 0
+        # shared: workers that outlive an epoch see the next one
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
         self.decoded = self._decode_all(memory_budget * 1e9)
+
+    @property
+    def epoch(self) -> int:
+        """Pass over the training images, from 0."""
+        return int(self._epoch)
 
     @property
     def in_memory(self) -> bool:
@@ -291,17 +298,20 @@ class Images(torch.utils.data.Dataset):
 
     def _decode_all(self, budget: float) -> "np.ndarray | list[np.ndarray] | None":
         count = len(self.source)
-        sample = [self._decode(index) for index in range(0, count, max(1, count // 32))]
+        sample = [self._decode(self.source[index]["image"]) for index in range(0, count, max(1, count // 32))]
         if sum(array.nbytes for array in sample) / len(sample) * count > budget:
             return None
-        arrays = [self._decode(index) for index in range(count)]
-        same = len({array.shape for array in arrays}) == 1
-        return np.stack(arrays) if same else arrays
+        arrays = (self._decode(row) for batch in self.source.iter(256) for row in batch["image"])
+        if self.random_crop:  # not cropped yet, so of any size
+            return list(arrays)
+        decoded = np.empty((count, *sample[0].shape), dtype=np.uint8)
+        for index, array in enumerate(arrays):
+            decoded[index] = array
+        return decoded
 
-    def _decode(self, index: int) -> np.ndarray:
+    def _decode(self, row: dict[str, Any]) -> np.ndarray:
         from PIL import Image
 
-        row = self.source[index]["image"]
         with Image.open(row["path"] if row["bytes"] is None else io.BytesIO(row["bytes"])) as image:
             array = image_array(image, self.num_channels, self.size, self.resize_to)
         return array if self.random_crop else self._crop(array, 0.5, 0.5)
@@ -318,7 +328,7 @@ class Images(torch.utils.data.Dataset):
 
     def set_epoch(self, epoch: int) -> None:
         """Other crops, flips and noise in every epoch; the Trainer calls it."""
-        self.epoch = epoch
+        self._epoch.fill_(epoch)
 
     def key(self, index: int) -> tuple[int, int, int]:
         """What decides everything random about an image."""
@@ -330,14 +340,14 @@ class Images(torch.utils.data.Dataset):
 
     def pixels(self, index: int, flip: bool) -> Tensor:
         """One image (C, H, W) in -1..1, cropped as this epoch wants it."""
-        array = self._decode(index) if self.decoded is None else self.decoded[index]
+        array = self._decode(self.source[index]["image"]) if self.decoded is None else self.decoded[index]
         if self.random_crop:
             places = _generator(self.key(index), _AUGMENTATION)
             places.random()  # the first number is the flip's
             array = self._crop(array, *places.random(2))
         if flip:
             array = array[:, :, ::-1]
-        return torch.from_numpy(np.ascontiguousarray(array)).float().div_(127.5).sub_(1)
+        return torch.from_numpy(array.astype(np.float32, order="C")).div_(127.5).sub_(1)
 
     def __getitem__(self, index: int) -> ImageItem:
         return ImageItem(self.pixels(index, self.flips(index)), self.key(index))
@@ -399,6 +409,24 @@ class Latents(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int) -> ImageItem:
         return self.__getitems__([index])[0]
+
+
+class EpochCallback(TrainerCallback):
+    """
+    Tells training images which epoch it is. (The Trainer does so itself in one process, but not in several.)
+
+    Args:
+        images ([`Images`] or [`Latents`]): the training images.
+    """
+
+    def __init__(self, images: "Images | Latents") -> None:
+        self.images = images
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Sets the epoch; a resumed one counts as begun."""
+        self.images.set_epoch(int((state.epoch or 0.0) + 1e-9))
 
 
 # ---- noise -----------------------------------------------------------------------------------------------------
@@ -473,6 +501,7 @@ def share_timesteps(share: float) -> int:
 __all__ = [
     "MEMORY_BUDGET",
     "DiffusionCollator",
+    "EpochCallback",
     "ImageItem",
     "Images",
     "Latents",

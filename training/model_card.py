@@ -100,12 +100,15 @@ _CURVE_ROWS = 20
 _ARCHITECTURE = (
     "vocab_size",
     "image_size",
+    "sample_size",
     "patch_size",
     "num_channels",
     "hidden_size",
     "intermediate_size",
     "num_hidden_layers",
+    "num_layers",
     "num_attention_heads",
+    "attention_head_dim",
     "max_position_embeddings",
     "step_conditioning",
     "num_landscapes",
@@ -134,7 +137,7 @@ def _last(history: list[dict[str, Any]], name: str) -> Any:
 
 def _versions() -> list[tuple[str, str]]:
     found = [("Python", platform.python_version())]
-    for name in ("ebt-transformers", "torch", "transformers", "accelerate", "datasets"):
+    for name in ("ebt-transformers", "torch", "transformers", "diffusers", "accelerate", "datasets"):
         try:
             found.append((name, version(name)))
         except PackageNotFoundError:
@@ -174,6 +177,14 @@ def _training_facts(trainer: "Trainer", facts: RunFacts, thinks: bool, unit: str
         rows.append(("learning rate of the step size", _number(learns())))
     rows += [("seed", args.seed), ("precision", args.mixed_precision if args.mixed_precision != "no" else "fp32")]
     return rows
+
+
+def _described(config: Any, model: "nn.Module", name: str) -> Any:
+    """A field of a model's config; of what it wraps, for a twin that has none."""
+    if config is None:
+        config = getattr(getattr(model, "dit", None), "config", None)
+    value = getattr(config, name, None)
+    return None if callable(value) else value
 
 
 def _explanation(thinks: bool, image: bool, config: Any) -> str:
@@ -302,7 +313,7 @@ def write_model_card(trainer: "Trainer", folder: str | Path, **card_data: Any) -
         notes=facts.notes,
         model=[
             ("parameters", f"{parameters:,}"),
-            *((name, getattr(config, name)) for name in _ARCHITECTURE if getattr(config, name, None) is not None),
+            *((name, value) for name in _ARCHITECTURE if (value := _described(config, model, name)) is not None),
         ],
         versions=_versions(),
     )

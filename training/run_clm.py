@@ -22,6 +22,7 @@ from .script import (
     Refusal,
     RunArguments,
     as_flags,
+    check_same_model,
     finished_weights,
     given_options,
     parse_command_line,
@@ -456,6 +457,8 @@ def _run(argv: list[str]) -> None:
             base_model=model_args.model_name_or_path,
         ),
     )
+    if checkpoint is not None:
+        check_same_model(checkpoint, model)
     say(f"{type(model).__name__}: {sum(p.numel() for p in model.parameters()):,} parameters.")
     if train:
         result = trainer.train(resume_from_checkpoint=checkpoint or False)

@@ -23,6 +23,7 @@ from .script import (
     Refusal,
     RunArguments,
     as_flags,
+    check_same_model,
     finished_weights,
     given_options,
     parse_command_line,
@@ -264,10 +265,8 @@ def _check_arguments(
 
 
 def _load_vae(name: str, training: "EBTImageTrainingArguments") -> Any:
-    try:
-        from diffusers import AutoencoderKL
-    except ImportError as error:
-        raise Refusal("--vae_name_or_path needs diffusers: pip install 'ebt-transformers[diffusers]'.") from error
+    from diffusers import AutoencoderKL
+
     with refusing_bad_values():
         try:
             vae = AutoencoderKL.from_pretrained(name)
@@ -407,6 +406,19 @@ def _evaluate(trainer: "EBTTrainer", images: Any, split: str) -> None:
     say(f"{name}: loss {metrics[f'{split}_loss']:.6g}" + ("" if psnr is None else f", PSNR {psnr:.3f} dB"))
 
 
+def _save(trainer: "EBTTrainer") -> None:
+    """Saves the model: an EBT as transformers does, a twin as diffusers does."""
+    from .dit_twin import DiTTwin
+    from .model_card import write_model_card
+
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    if not isinstance(model, DiTTwin):
+        trainer.save_model()
+    elif trainer.is_world_process_zero():
+        model.save_pretrained(str(trainer.args.output_dir))
+        write_model_card(trainer, str(trainer.args.output_dir))
+
+
 def _run(argv: list[str]) -> None:
     own = (ModelArguments, DataArguments, NoiseArguments, RunArguments)
     parsed = parse_command_line(argv, "denoise", __doc__, own, _training_class)
@@ -415,13 +427,15 @@ def _run(argv: list[str]) -> None:
     try:
         import diffusers  # noqa: F401
     except ImportError as error:
-        raise Refusal("Denoising needs diffusers: pip install 'ebt-transformers[diffusers]'.") from error
+        raise Refusal(
+            "Training on noisy images needs diffusers: pip install 'ebt-transformers[train,image,diffusers]'."
+        ) from error
     from transformers import AutoConfig, set_seed
 
     from .. import exports  # noqa: F401  registers the models with the Auto classes; the console script has not yet
     from .ema import EMA_FILE, EMACallback
-    from .images import DiffusionCollator, NoisyImageCollator, share_timesteps
-    from .model_card import RunFacts, write_model_card
+    from .images import DiffusionCollator, EpochCallback, NoisyImageCollator, share_timesteps
+    from .model_card import RunFacts
     from .trainer import EBTTrainer
 
     checkpoint = start_point(training_args, run_args.overwrite)
@@ -446,7 +460,8 @@ def _run(argv: list[str]) -> None:
             raise Refusal(f"{model_args.model_name_or_path} is a {config.model_type} model, not one for images.")
         vae = config.vae_name_or_path and _load_vae(config.vae_name_or_path, training_args)
     vae = vae or None
-    size = tuple(side * _shrinkage(vae) for side in config.height_and_width)
+    height, width = (side * _shrinkage(vae) for side in config.height_and_width)
+    size = (height, width)
     channels = config.num_channels if vae is None else vae.config.in_channels
 
     level = DEFAULT_NOISE_LEVEL if noise_args.noise_level is None else noise_args.noise_level
@@ -478,7 +493,7 @@ def _run(argv: list[str]) -> None:
             eval_dataset=images.get("validation"),
             processing_class=None if model_args.twin else _image_processor(config, vae),
             data_collator=collator,
-            callbacks=list(averages),
+            callbacks=[EpochCallback(images["train"]), *averages],
             run_facts=RunFacts(
                 data=_describe(source, size, channels, level, noise_args, max_timestep if model_args.twin else None),
                 command=shlex.join(["ebt", "train", "denoise", *argv]),
@@ -486,6 +501,8 @@ def _run(argv: list[str]) -> None:
                 notes=_notes(model_args, noise_args),
             ),
         )
+    if checkpoint is not None:
+        check_same_model(checkpoint, model)
     say(f"{type(model).__name__}: {sum(p.numel() for p in model.parameters()):,} parameters.")
     if train:
         result = trainer.train(resume_from_checkpoint=checkpoint or False)
@@ -502,11 +519,7 @@ def _run(argv: list[str]) -> None:
     if test and "test" in images:
         _evaluate(trainer, images["test"], "test")
     if train:
-        if not model_args.twin:
-            trainer.save_model()
-        elif trainer.is_world_process_zero():  # as diffusers loads it
-            model.save_pretrained(training_args.output_dir)
-            write_model_card(trainer, training_args.output_dir)
+        _save(trainer)
         say(f"Saved to {training_args.output_dir}.")
         if training_args.push_to_hub:
             trainer.push_to_hub()
@@ -516,7 +529,7 @@ def _run(argv: list[str]) -> None:
 
 
 def _describe(
-    source: str, size: tuple[int, ...], channels: int, level: float, noise: NoiseArguments, max_timestep: int | None
+    source: str, size: tuple[int, int], channels: int, level: float, noise: NoiseArguments, max_timestep: int | None
 ) -> str:
     kind = "grey" if channels == 1 else "colour"
     if max_timestep is not None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:
+    from torch import nn
     from transformers import PreTrainedConfig
 
     from .arguments import EBTTrainingArguments
@@ -166,6 +167,25 @@ def finished_weights(checkpoint: str, training: "EBTTrainingArguments") -> str |
     return best if training.load_best_model_at_end and best and Path(best).is_dir() else checkpoint
 
 
+def check_same_model(checkpoint: str, model: "nn.Module") -> None:
+    """Refuses a checkpoint with the weights of another model, which the Trainer would load in parts or not at all."""
+    from safetensors import safe_open
+
+    path = Path(checkpoint) / "model.safetensors"
+    if not path.is_file():  # in several parts, or of another kind
+        return
+    own = {name: list(value.shape) for name, value in model.state_dict().items()}
+    with safe_open(path, framework="pt") as file:
+        saved = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118  no dict
+    other = [name for name, shape in saved.items() if own.get(name) != list(shape)]
+    if other:
+        raise Refusal(
+            f"{checkpoint} holds another model than the options ask for ({other[0]} {saved[other[0]]}, "
+            f"{own.get(other[0], 'which it does not have')} here). Start the same command again, choose another "
+            "--output_dir, or --overwrite."
+        )
+
+
 def _remove_checkpoints(folder: Path) -> None:
     import shutil
 
@@ -204,6 +224,7 @@ __all__ = [
     "Refusal",
     "RunArguments",
     "as_flags",
+    "check_same_model",
     "finished_weights",
     "given_options",
     "parse_command_line",

@@ -304,7 +304,7 @@ class EBTTrainer(Trainer):
             # position 0 is never predicted: the model shifts the labels
             tokens = (labels[..., 1:] if targets is None else targets).ne(-100).sum().to(device, exact)
             return tokens, tokens
-        if self._predicts_images():
+        if self._predicts_images(inputs):
             rows = len(labels) if self._scored_rows is None else self._scored_rows
             return torch.tensor(labels.numel(), device=device).to(exact), torch.tensor(rows, device=device).to(exact)
         return None
@@ -317,8 +317,10 @@ class EBTTrainer(Trainer):
             return None
         return image_psnr(reconstruction, clean).mean()
 
-    def _predicts_images(self) -> bool:
-        return is_image_model(self.accelerator.unwrap_model(self.model))
+    def _predicts_images(self, inputs: dict[str, Any]) -> bool:
+        pixels, labels = inputs.get("pixel_values"), inputs.get("labels")
+        known = pixels is not None and labels is not None and pixels.shape == labels.shape
+        return known and is_image_model(self.accelerator.unwrap_model(self.model))
 
     def _predicts_tokens(self) -> bool:
         return getattr(self.accelerator.unwrap_model(self.model), "loss_type", None) == "ForCausalLM"
@@ -358,7 +360,7 @@ class EBTTrainer(Trainer):
             config = getattr(self.model, "config", None)
             ignore_keys = [*getattr(config, "keys_to_ignore_at_inference", []), *NO_PREDICTIONS]
         self._scored_rows = None
-        if self._predicts_images():
+        if self._predicts_images(inputs):
             inputs = self._score_images_once(inputs, prediction_loss_only)
         else:
             inputs = self._score_rows_once(inputs)
@@ -409,7 +411,7 @@ class EBTTrainer(Trainer):
         means = self._evaluation_means.take(self)
         if "loss" in means:
             output.metrics[f"{prefix}_loss"] = means["loss"]
-            if not self._predicts_images():
+            if self._predicts_tokens():
                 output.metrics[f"{prefix}_perplexity"] = perplexity(means["loss"])
         if "psnr" in means:
             output.metrics[f"{prefix}_psnr"] = means["psnr"]
