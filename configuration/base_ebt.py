@@ -62,6 +62,7 @@ class EBTBaseConfig(PreTrainedConfig):
         self.check_at_least_one("num_landscapes")
         self.check_choice("loss_on_steps", LOSS_ON_STEPS)
         self.check_finite("step_size", above_zero=True)
+        self.check_finite("thinking_noise_std")
         if not 1 <= self.random_step_size < math.inf:
             raise ValueError(f"`random_step_size` must be finite and at least 1, got {self.random_step_size}.")
         steps = self.random_steps

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from transformers.activations import ACT2FN
 
 from .configuration_ebt_image import EBTImageConfig
-from .layers import EBTModulation, modulate
+from .layers_common import EBTModulation, modulate
 
 
 @functools.lru_cache(maxsize=32)

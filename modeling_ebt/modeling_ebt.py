@@ -19,7 +19,7 @@ from .checks import check_energies, check_labels, check_token_ids, outside_infer
 from .configuration_ebt import EBTConfig
 from .descent import DescentOutput, DescentStep, descend, standard_normal
 from .generation import EBTGenerationMixin
-from .layers import EBTStepSize
+from .layers_common import EBTStepSize
 from .losses import TextStepLosses
 from .outputs import EBTCausalLMOutputWithPast, EBTContext
 from .thinking import (

@@ -15,7 +15,7 @@ from .candidates import ImageCandidates
 from .checks import check_energies, check_image_values, check_images, outside_inference_mode
 from .configuration_ebt_image import EBTImageConfig
 from .descent import DescentOutput, DescentStep, descend, standard_normal
-from .layers import EBTStepSize
+from .layers_common import EBTStepSize
 from .losses import ImageStepLosses
 from .outputs import EBTImageDenoisingOutput
 from .thinking import (
@@ -93,8 +93,9 @@ class EBTForImageDenoising(EBTImagePreTrainedModel):
 
         Raises:
             ValueError: for bad images (empty, wrong channels, sides that are no multiple of the patch, values that are
-                not finite or look like 0 to 255), labels or an initial candidate of another shape, thinking options
-                that are unknown or out of range, and several candidates that would all be the same.
+                not finite or look like 0 to 255), labels with such values or of another shape, an initial candidate of
+                another shape, thinking options that are unknown or out of range, and several candidates that would all
+                be the same.
         """
         check_images(pixel_values, self.config.num_channels, self.config.patch_size)
         check_image_values(pixel_values)
@@ -110,6 +111,7 @@ class EBTForImageDenoising(EBTImagePreTrainedModel):
                     f"`labels` must be clean images of the shape of `pixel_values`, {tuple(pixel_values.shape)}, got "
                     f"{tuple(labels.shape)}."
                 )
+            check_image_values(labels)
             losses = ImageStepLosses(
                 labels.to(noisy.device),
                 self.config.reconstruction_loss,

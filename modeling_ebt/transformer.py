@@ -19,7 +19,8 @@ from transformers.utils.generic import merge_with_config_defaults
 
 from .checks import check_attention_mask, check_length, check_position_ids, check_token_ids
 from .configuration_ebt import EBTConfig
-from .layers import EBTDecoderLayer, EBTEnergyHead, EBTModulation, EBTStepSize, modulate
+from .layers import EBTDecoderLayer
+from .layers_common import EBTEnergyHead, EBTModulation, EBTStepSize, modulate
 from .masks import (
     additive,
     positions_from_mask,

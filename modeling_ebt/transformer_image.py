@@ -13,7 +13,7 @@ from transformers.utils import can_return_tuple
 
 from .checks import check_images
 from .configuration_ebt_image import EBTImageConfig
-from .layers import EBTEnergyHead, EBTModulation, EBTStepSize, modulate
+from .layers_common import EBTEnergyHead, EBTModulation, EBTStepSize, modulate
 from .layers_image import EBTImageLayer, EBTImagePatches, sincos_positions
 from .outputs import EBTImageModelOutput
 from .pretrained import EBTBasePreTrainedModel
