@@ -95,7 +95,7 @@ def _nearest(given: str, known: Sequence[str]) -> str:
 
 
 def _parse(command: str, kind: type, argv: list[str], positionals: dict[str, str] | None = None) -> tuple[Any, Any]:
-    """Arguments of a sub-command as its dataclass, and a namespace with its positional ones."""
+    """Arguments of a sub-command as its dataclass, and a namespace with its positional ones (`name...`: several)."""
     from transformers.hf_argparser import HfArgumentParser
 
     flags = {f"--{item.name}" for item in fields(kind) if item.type is bool}
@@ -103,7 +103,8 @@ def _parse(command: str, kind: type, argv: list[str], positionals: dict[str, str
     argv = [f"{word}=true" if word.replace("-", "_").replace("__", "--", 1) in flags else word for word in argv]
     parser = HfArgumentParser(kind, prog=f"ebt {command}", description=kind.__doc__)
     for name, description in (positionals or {}).items():
-        parser.add_argument(name, help=description)
+        several = name.endswith("...")
+        parser.add_argument(name.removesuffix("..."), help=description, nargs="+" if several else None)
     parsed, *rest = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True, look_for_args_file=False)
     unknown = rest.pop()
     if unknown:
@@ -136,7 +137,7 @@ def _check_generate(arguments: GenerateArguments) -> None:
             raise ValueError(f"--{ignored[0]} has an effect with --sample only.")
 
 
-def _thinking_options(arguments: GenerateArguments, model: "PreTrainedModel") -> dict[str, Any]:
+def _thinking_options(arguments: "GenerateArguments | DenoiseArguments", model: "PreTrainedModel") -> dict[str, Any]:
     options = {name: value for name, value in vars(arguments).items() if name.startswith(THINKING)}
     options = {name: value for name, value in options.items() if value is not None and value is not False}
     if options and not hasattr(model, "energy"):
@@ -200,6 +201,141 @@ def _print_energies(tokens: list[dict[str, Any]]) -> None:
         for token in tokens
     ]
     print("\n" + table(header, rows))
+
+
+@dataclass
+class DenoiseArguments:
+    """Denoises pictures, thinking about each, and writes them as PNG files."""
+
+    model: str | None = field(default=None, metadata={"help": "Checkpoint: a folder or a Hub id. Needed."})
+    output_dir: str = field(default="denoised", metadata={"help": "Where the denoised pictures go."})
+    thinking_steps: int | None = field(
+        default=None, metadata={"help": "Thinking steps per picture. Default of this and the next: the checkpoint's."}
+    )
+    thinking_candidates: int | None = field(
+        default=None, metadata={"help": "Candidates descended side by side; the best is kept."}
+    )
+    thinking_selection: str | None = field(
+        default=None, metadata={"help": "How the best is chosen: min_energy, max_gap or max_energy."}
+    )
+    thinking_step_size_scale: float | None = field(default=None, metadata={"help": "Factor on the step size."})
+    thinking_noise_std: float | None = field(default=None, metadata={"help": "Noise before every thinking step."})
+    thinking_tolerance: float | None = field(
+        default=None, metadata={"help": "Stop when the energy of a picture changes by no more than this."}
+    )
+    thinking_accept_only_lower_energy: bool = field(
+        default=False, metadata={"help": "Take a step only where it lowers the energy."}
+    )
+    thinking_seed: int | None = field(default=None, metadata={"help": "Seed of random candidates and noise."})
+    noise_std: float | None = field(
+        default=None,
+        metadata={"help": "Strength of the noise the pictures have, as a standard deviation in units of 0 to 255."},
+    )
+    add_noise_level: float | None = field(
+        default=None,
+        metadata={
+            "help": "First add noise, this share (0 to 1) of the way to pure noise; writes NAME_noisy.png, too."
+        },
+    )
+    noise_seed: int = field(default=0, metadata={"help": "Seed of that noise."})
+    tile_size: int | None = field(
+        default=None,
+        metadata={"help": "Side of the tiles of large pictures; 0: no tiles. Default: what the model was made for."},
+    )
+    tile_overlap: int | None = field(
+        default=None, metadata={"help": "Rows and columns shared by tiles. Default: a quarter of a tile."}
+    )
+    batch_size: int = field(default=1, metadata={"help": "Pictures or tiles that go through the model at once."})
+    output_energies: bool = field(default=False, metadata={"help": "Report the energies of every picture."})
+    json: bool = field(default=False, metadata={"help": "Print one JSON object for each picture instead of text."})
+    device: str | None = field(default=None, metadata={"help": "cpu, cuda, ... Default: cuda where there is one."})
+
+
+def _denoise(argv: list[str]) -> int:
+    positional = {"inputs...": "The pictures: files or addresses (https://...)."}
+    arguments, given = _parse("denoise", DenoiseArguments, argv, positional)
+    if arguments.model is None:
+        raise ValueError("--model is missing: give a folder or a Hub id of a model that denoises images.")
+    folder = Path(arguments.output_dir)
+    targets = _denoised_files(given.inputs, folder, arguments.add_noise_level is not None)
+    denoiser = _load_denoiser(arguments.model, arguments.device)
+    options = _thinking_options(arguments, denoiser.model)
+    options |= {name: getattr(arguments, name) for name in ("noise_std", "add_noise_level", "noise_seed")}
+    options |= {name: getattr(arguments, name) for name in ("tile_overlap", "output_energies", "batch_size")}
+    if arguments.tile_size is not None:
+        options["tile_size"] = arguments.tile_size or None
+    folder.mkdir(parents=True, exist_ok=True)
+    results = denoiser(iter(given.inputs), **options)  # an iterator: every picture is written as soon as it is done
+    for source, (target, noisy), result in zip(given.inputs, targets, results, strict=True):
+        result["image"].save(target)
+        record: dict[str, Any] = {"input": source, "output": str(target)}
+        if noisy is not None:
+            result["noisy_image"].save(noisy)
+            record["noisy"] = str(noisy)
+        if arguments.output_energies:
+            record |= {"energies": result["energies"], "steps_taken": result["steps_taken"]}
+        print(json.dumps(record) if arguments.json else _denoised_line(record), flush=True)
+    return 0
+
+
+def _denoised_files(inputs: Sequence[str], folder: Path, with_noisy: bool) -> list[tuple[Path, Path | None]]:
+    """Where each picture goes, and its noisy version; checked before any work is done."""
+    from urllib.parse import urlsplit
+
+    sources: dict[Path, str] = {}
+    names = []
+    for source in inputs:
+        if source.startswith(("http://", "https://")):
+            names.append(Path(urlsplit(source).path).stem or "image")
+            continue
+        if not Path(source).is_file():
+            raise FileNotFoundError(f"There is no image file {source}.")
+        sources[Path(source).resolve()] = source
+        names.append(Path(source).stem)
+    targets = [(folder / f"{name}.png", folder / f"{name}_noisy.png" if with_noisy else None) for name in names]
+    taken: set[Path] = set()
+    for target in (path for pair in targets for path in pair if path is not None):
+        place = target.resolve()
+        if place in sources:
+            raise ValueError(f"{target} would overwrite the input {sources[place]}. Choose another --output_dir.")
+        if place in taken:
+            raise ValueError(f"Two pictures would be written to {target}. Rename one, or denoise them one by one.")
+        taken.add(place)
+    return targets
+
+
+def _load_denoiser(source: str, device: str | None) -> Any:
+    import torch
+    import transformers
+
+    from . import exports  # noqa: F401  registers models and pipeline
+    from .demo import _looks_like_path
+    from .pipelines.image_denoising import TASK
+
+    if _looks_like_path(source) and not Path(source).is_dir():
+        raise FileNotFoundError(f"There is no checkpoint folder {source}.")
+    bar = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        model = transformers.AutoModelForImageToImage.from_pretrained(source)
+        return transformers.pipeline(TASK, model=model, image_processor=source, device=device)
+    except Exception as error:  # whatever a wrong or broken checkpoint makes the libraries underneath raise
+        where = "the folder" if Path(source).is_dir() else "no such folder here, and from the Hub"
+        raise ValueError(f"Cannot load {source!r} ({where}): {error}") from error
+    finally:
+        if bar:
+            transformers.utils.logging.enable_progress_bar()
+
+
+def _denoised_line(record: dict[str, Any]) -> str:
+    line = f"{record['input']} -> {record['output']}"
+    if "noisy" in record:
+        line += f" (noisy: {record['noisy']})"
+    if "energies" in record:
+        energies = " ".join(f"{energy:.4f}" for energy in record["energies"])
+        line += f"  energies {energies}  steps {record['steps_taken']}"
+    return line
 
 
 def _train(argv: list[str]) -> int:
@@ -292,6 +428,7 @@ class Command:
 COMMANDS = {
     "demo": Command("what thinking does, on the embedded model", _demo),
     "generate": Command("continue a text", _generate),
+    "denoise": Command("denoise pictures", _denoise),
     "train": Command("train a model (ebt train clm, ebt train denoise)", _train, own_debug=True),
     "convert": Command("turn an official checkpoint into one that from_pretrained() loads", _convert),
     "benchmark": Command("run a benchmark of this repository", _benchmark, own_debug=True),
