@@ -4,6 +4,8 @@ The image transformer: candidates in, an energy for every patch out.
 Shapes: ``B`` images, ``C`` channels, ``H x W`` pixels, ``T`` patches, ``D`` width.
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -74,7 +76,12 @@ class EBTImageModel(EBTImagePreTrainedModel):
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps, elementwise_affine=False)
         self.final_modulation = EBTModulation(config.hidden_size, 2)
         self.energy_head = EBTEnergyHead(config.hidden_size)
+        self.gradient_checkpointing = False
         self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The map from the pixels of a patch to its first hidden state."""
+        return self.patches
 
     @can_return_tuple
     def forward(
@@ -130,8 +137,13 @@ class EBTImageModel(EBTImagePreTrainedModel):
         positions = sincos_positions(rows, columns, config.grid, config.hidden_size)
         hidden = hidden + positions.to(device=hidden.device, dtype=hidden.dtype)
         all_hidden, all_weights = [hidden], []
+        # a descent asks for the gradient in the image; it recomputes whole steps, not layers
+        recompute = self.gradient_checkpointing and self.training and not pixel_values.requires_grad
         for layer in self.layers:
-            hidden, weights = layer(hidden, condition, with_weights)
+            call: Callable = (
+                functools.partial(self._gradient_checkpointing_func, layer.__call__) if recompute else layer
+            )
+            hidden, weights = call(hidden, condition, with_weights)
             all_hidden.append(hidden)
             all_weights.append(weights)
         energies = self.energy_head(modulate(self.norm(hidden), *self.final_modulation(condition)))

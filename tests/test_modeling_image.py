@@ -447,6 +447,19 @@ def test_gradient_checkpointing_changes_no_loss_and_no_gradient(
     assert_close(got, expected, **CLOSE)
 
 
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")  # its new name is newer than 5.10
+def test_the_transformer_alone_recomputes_its_layers_to_the_same_gradients() -> None:
+    model = build_model().model.train()
+    noisy = torch.randn(2, 3, 8, 8)
+    model(noisy).energies.square().sum().backward()
+    expected = gradients(model)
+    model.zero_grad()
+    model.gradient_checkpointing_enable()
+    model(noisy).energies.square().sum().backward()
+    assert_close(gradients(model), expected)
+    assert model.get_input_embeddings() is model.patches
+
+
 @pytest.mark.parametrize("loss_on_steps", ["all", "last"])
 def test_the_training_loss_is_the_recipe_over_the_step_losses(loss_on_steps: str) -> None:
     model = build_model(loss_on_steps=loss_on_steps).train()

@@ -17,7 +17,14 @@ from typing import Any, ClassVar
 import pytest
 import torch
 
-from ebt_transformers import EBTConfig, EBTForCausalLM, EBTModel
+from ebt_transformers import (
+    EBTConfig,
+    EBTForCausalLM,
+    EBTForImageDenoising,
+    EBTImageConfig,
+    EBTImageModel,
+    EBTModel,
+)
 
 
 SOURCE = Path(os.environ.get("TRANSFORMERS_SOURCE", "")).expanduser()
@@ -143,4 +150,87 @@ class AdaptiveNormTest(EBTCommonTests, unittest.TestCase):
     not_applicable = {
         "test_retain_grad_hidden_states_attentions": "hidden states are those of the last landscape: a slice",
         "test_load_save_without_tied_weights": "candidate_embedding='shared' without tying is a contradiction",
+    }
+
+
+class EBTImageModelTester:
+    """The same for images."""
+
+    batch_size = 5
+    is_training = True
+    num_channels = 3
+    image_size = 16
+    patch_size = 4
+    seq_length = 16
+    hidden_size = 32
+    num_hidden_layers = 2
+    num_attention_heads = 4
+    variant: ClassVar[dict[str, Any]] = {}
+
+    def get_config(self) -> EBTImageConfig:
+        """A tiny model."""
+        return EBTImageConfig(
+            **{
+                "image_size": self.image_size,
+                "patch_size": self.patch_size,
+                "num_channels": self.num_channels,
+                "hidden_size": self.hidden_size,
+                "intermediate_size": 37,
+                "num_hidden_layers": self.num_hidden_layers,
+                "num_attention_heads": self.num_attention_heads,
+                "step_size": 0.5,
+                **self.variant,
+            }
+        )
+
+    def prepare_config_and_inputs_for_common(self) -> tuple[EBTImageConfig, dict[str, torch.Tensor]]:
+        """A config, and keyword arguments for forward."""
+        shape = [self.batch_size, self.num_channels, self.image_size, self.image_size]
+        return self.get_config(), {"pixel_values": common.floats_tensor(shape)}
+
+
+NOT_APPLICABLE_TO_IMAGES: dict[str, str] = {
+    "test_model_get_set_embeddings": "images have no table of embeddings",
+}
+
+
+class EBTImageCommonTests(common.ModelTesterMixin):
+    """Their tests on an image model."""
+
+    test_resize_embeddings = False
+    not_applicable: ClassVar[dict[str, str]] = {}
+
+    def setUp(self) -> None:
+        """A tester for each test, with our classes among the names their tests look up."""
+        for name, reason in {**NOT_APPLICABLE, **NOT_APPLICABLE_TO_IMAGES, **self.not_applicable}.items():
+            if self._testMethodName.startswith(name):
+                self.skipTest(f"does not apply: {reason}")
+        self.model_tester = EBTImageModelTester()
+        names = {EBTImageConfig.model_type: EBTImageModel.__name__}
+        patch = unittest.mock.patch.dict(common.MODEL_MAPPING_NAMES, names)
+        patch.start()
+        self.addCleanup(patch.stop)
+
+    def _prepare_for_class(self, inputs_dict: Any, model_class: Any, return_labels: bool = False) -> dict[str, Any]:
+        inputs = super()._prepare_for_class(inputs_dict, model_class, return_labels=return_labels)
+        if return_labels and model_class is EBTForImageDenoising:
+            inputs["labels"] = torch.zeros_like(inputs["pixel_values"])
+        return inputs
+
+
+class ImageModelTest(EBTImageCommonTests, unittest.TestCase):
+    """The transformer: an image in, energies out."""
+
+    all_model_classes = (EBTImageModel,)
+
+
+class ImageDenoisingTest(EBTImageCommonTests, unittest.TestCase):
+    """The model that descends them."""
+
+    all_model_classes = (EBTForImageDenoising,)
+    not_applicable = {
+        "test_attention_outputs": "attentions change with every step and are not returned",
+        "test_hidden_states_output": "hidden states change with every step and are not returned",
+        "test_retain_grad_hidden_states_attentions": "they change with every step and are not returned",
+        "test_eager_matches_sdpa_inference": "compares hidden states, which are not returned",
     }
