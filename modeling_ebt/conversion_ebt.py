@@ -22,6 +22,7 @@ from . import conversion_ebt_image as image
 from . import conversion_ebt_text as text
 from .configuration_ebt_image import EBTImageConfig
 from .conversion_common_ebt import Weight, refuse, to_official, to_ours, value_of, without_prefixes
+from .image_processing_ebt import EBTImageProcessor
 from .modeling_ebt import EBTForCausalLM
 from .modeling_ebt_image import EBTForImageDenoising
 
@@ -225,8 +226,8 @@ def convert_checkpoint(
     path: str | os.PathLike[str], out_dir: str | os.PathLike[str], *, tokenizer: str | None = None
 ) -> Model:
     """
-    Turns an official checkpoint into a folder that `from_pretrained` loads. The folder appears when everything is
-    written, or not at all.
+    Turns an official checkpoint into a folder that `from_pretrained` loads, with the tokenizer or the image processor
+    beside the model. The folder appears when everything is written, or not at all.
 
     Args:
         path (`str` or `PathLike`): the official `.ckpt` file.
@@ -249,17 +250,19 @@ def convert_checkpoint(
     state_dict, hparams = load_official_checkpoint(path)
     # the flags are judged first: a refusal should not wait for a download
     model = model_from_official(state_dict, hparams)
-    loaded = None
+    processor: Any
     if not isinstance(model, EBTForImageDenoising):
-        loaded = _tokenizer_for(model, hparams.get("tokenizer"), tokenizer)
+        processor = _tokenizer_for(model, hparams.get("tokenizer"), tokenizer)
     elif tokenizer is not None:
         raise ValueError(f"An image model has no tokenizer: leave out `tokenizer`, got {tokenizer!r}.")
+    else:
+        processor = EBTImageProcessor.from_model_config(model.config)
     out_dir.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{out_dir.name}-", dir=out_dir.parent))
     try:
         model.save_pretrained(partial)
-        if loaded is not None:
-            loaded.save_pretrained(partial)
+        if processor is not None:
+            processor.save_pretrained(partial)
         partial.chmod(0o755)
         partial.replace(out_dir)
     except BaseException:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForImageToImage
+from transformers import AutoImageProcessor, AutoModelForImageToImage
 
 from ebt_transformers import EBTForImageDenoising, EBTImageConfig, EBTImageModel
 from ebt_transformers.configuration.noise_ebt import noise_scheduler
@@ -366,6 +366,8 @@ def test_a_lightning_checkpoint_becomes_a_folder_that_loads(tmp_path: Path, offi
     loaded = AutoModelForImageToImage.from_pretrained(tmp_path / "model")
     images = CASES[0].io["noised_images"]
     assert torch.equal(loaded(images).reconstruction, converted(images).reconstruction)
+    processor = AutoImageProcessor.from_pretrained(tmp_path / "model")
+    assert (processor.patch_size, processor.num_channels) == (4, 3)
     with pytest.raises(ValueError, match="An image model has no tokenizer"):
         conversion.convert_checkpoint(tmp_path / "official.ckpt", tmp_path / "other", tokenizer="gpt2")
     assert not (tmp_path / "other").exists()
