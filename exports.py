@@ -1,8 +1,15 @@
 """The public names of the package; importing this module registers every model with the Auto classes."""
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageToImage
+from contextlib import suppress
+
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageToImage,
+)
 from transformers.pipelines import PIPELINE_REGISTRY
-from transformers.utils import is_vision_available
 
 from .configuration import PRESETS, EBTConfig, EBTImageConfig, ThinkingConfig, transformer_pp_config
 from .modeling_ebt import (
@@ -34,9 +41,7 @@ EBTImageConfig.register_for_auto_class()
 EBTImageModel.register_for_auto_class("AutoModel")
 EBTForImageDenoising.register_for_auto_class("AutoModelForImageToImage")
 EBTImageProcessor.register_for_auto_class("AutoImageProcessor")
-if is_vision_available():  # without pillow transformers has no AutoImageProcessor to register with
-    from transformers import AutoImageProcessor
-
+with suppress(ImportError):  # transformers' own class needs pillow, and in some versions torchvision
     AutoImageProcessor.register(EBTImageConfig, image_processor_classes={"pil": EBTImageProcessor}, exist_ok=True)
 PIPELINE_REGISTRY.register_pipeline(
     TASK, pipeline_class=ImageDenoisingPipeline, pt_model=AutoModelForImageToImage, type="image"

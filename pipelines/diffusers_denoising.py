@@ -206,7 +206,7 @@ class EBTDenoisingPipeline(DiffusionPipeline):
         )
         pictures: Any = []
         for result, size in zip(found, prepared["original_sizes"], strict=True):
-            pixels = result.image[None] if self.vae is None else decode(self.vae, result.image[None])
+            pixels = result.image[None] if self.vae is None else decode(self.vae, result.image[None]).cpu()
             pictures += self.processor.post_process(pixels, output_type, [size])
         if output_type != "pil" and len({picture.shape for picture in pictures}) == 1:
             pictures = np.stack(pictures) if output_type == "np" else torch.stack(pictures)

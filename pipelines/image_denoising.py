@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import Pipeline, PreTrainedModel
 from transformers.image_utils import is_pil_image
+from transformers.utils import IMAGE_PROCESSOR_NAME
 from transformers.utils.logging import tqdm
 
 from ..configuration import FLAT_THINKING_NAMES, ThinkingConfig
@@ -284,7 +285,7 @@ class ImageDenoisingPipeline(Pipeline):
             vae = vae.to(self.device).eval()
         self._vae = vae
         if self.image_processor is None:
-            self.image_processor = EBTImageProcessor.from_model_config(config)
+            self.image_processor = self._own_processor()
 
     @property
     def vae(self) -> "AutoencoderKL | None":
@@ -377,6 +378,14 @@ class ImageDenoisingPipeline(Pipeline):
             allowed = sorted([*public, "output_type", "thinking", *FLAT_THINKING_NAMES])
             raise ValueError(f"Unknown option(s) {', '.join(sorted(options))}. Allowed: {', '.join(allowed)}.")
         return {}, forward, postprocess
+
+    def _own_processor(self) -> EBTImageProcessor:
+        """The processor saved beside the model, or one made from its config."""
+        # where transformers' AutoImageProcessor cannot load it, it hands over none instead of saying so
+        folder = str(self.model.name_or_path)
+        if os.path.isfile(os.path.join(folder, IMAGE_PROCESSOR_NAME)):
+            return EBTImageProcessor.from_pretrained(folder)
+        return EBTImageProcessor.from_model_config(self.model.config)
 
     @property
     def _unit(self) -> int:

@@ -267,6 +267,8 @@ def test_a_saved_pipeline_gives_the_same(denoiser: ImageDenoisingPipeline, tmp_p
     for saved, original in (("resizing", resizing), ("model_alone", denoiser)):
         loaded = pipeline("image-denoising", model=str(tmp_path / saved), device="cpu", thinking_steps=2)
         assert type(loaded) is ImageDenoisingPipeline
+        with_model = pipeline("image-denoising", model=loaded.model, device="cpu")
+        assert with_model.image_processor.to_dict() == loaded.image_processor.to_dict()
         assert loaded.image_processor.do_resize is (saved == "resizing")
         found, expected = (one(PICTURES[1], thinking_steps=2)["image"] for one in (loaded, original))
         assert found.size == expected.size == ((16, 16) if saved == "resizing" else (30, 18))
