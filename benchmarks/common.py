@@ -19,13 +19,21 @@ RESULTS = Path(__file__).resolve().parent / "results"
 VERSIONS = ("ebt_transformers", "python", "torch", "transformers", "processor", "cuda")
 
 
-def add_common_options(parser: argparse.ArgumentParser, name: str) -> None:
-    """Options that every benchmark takes; `name` is that of its result files."""
-    parser.add_argument("--preset", default="xxs", help="size of both models, as in EBTConfig.from_preset")
-    parser.add_argument("--vocab-size", type=int, default=50277)
+def add_common_options(parser: argparse.ArgumentParser, name: str, text_models: bool = True) -> None:
+    """
+    Options that every benchmark takes.
+
+    Args:
+        parser (`argparse.ArgumentParser`): gets them.
+        name (`str`): that of the result files.
+        text_models (`bool`, *optional*, defaults to `True`): also those of benchmarks that make random text models.
+    """
+    if text_models:
+        parser.add_argument("--preset", default="xxs", help="size of both models, as in EBTConfig.from_preset")
+        parser.add_argument("--vocab-size", type=int, default=50277)
+        parser.add_argument("--seed", type=int, default=0, help="of the random weights and tokens")
     parser.add_argument("--threads", type=int, default=2, help="threads torch may use")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--seed", type=int, default=0, help="of the random weights and tokens")
     parser.add_argument("--results", type=Path, default=RESULTS / f"{name}.jsonl", help="where rows are collected")
     parser.add_argument("--fresh", action="store_true", help="measure again what the results hold already")
 
@@ -81,7 +89,7 @@ def machine_settings(options: argparse.Namespace) -> dict[str, Any]:
     facts = environment()
     versions = {name: facts[name] for name in VERSIONS}
     names = ("preset", "vocab_size", "threads", "device", "seed")
-    return {**{name: getattr(options, name) for name in names}, "versions": versions}
+    return {**{name: getattr(options, name) for name in names if name in options}, "versions": versions}
 
 
 def command_line(script: str, argv: Sequence[str]) -> str:
@@ -97,8 +105,19 @@ def report(
     rows: Sequence[Sequence[str]],
     notes: str,
     seed: str | None = None,
+    more: Sequence[str] = (),
 ) -> str:
-    """Prints a result as markdown, and writes it beside its rows."""
+    """
+    Prints a result as markdown, and writes it beside its rows.
+
+    Args:
+        results ([`Results`]): says what it was measured on, and where to write.
+        title, command (`str`): the headline, and how to repeat the run.
+        header, rows (sequences of `str`): the table.
+        notes (`str`): stands before the table.
+        seed (`str`, *optional*): instead of the settings' own.
+        more (sequence of `str`, *optional*): parts that follow the table.
+    """
     settings = results.settings
     versions = ", ".join(f"{name} {value}" for name, value in settings["versions"].items() if name != "processor")
     text = "\n".join(
@@ -115,6 +134,7 @@ def report(
             "",
             table(header, rows),
             "",
+            *(line for part in more for line in (part, "")),
         ]
     )
     results.path.with_suffix(".md").write_text(text, encoding="utf-8")

@@ -1,10 +1,12 @@
 """Laws of the benchmarks: they run, they say what they ran on, and an interrupted one goes on where it was."""
 
 import argparse
+import importlib
 import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,21 +15,23 @@ FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
 TINY = ["--preset", "4xs", "--vocab-size", "64", "--threads", "1"]
 
 
+def modules_of_benchmarks() -> list[str]:
+    """Names under which benchmarks and their parts are imported."""
+    own = {path.stem for path in FOLDER.iterdir()}
+    return [name for name in sys.modules if name.split(".")[0] in own]
+
+
 @pytest.fixture
 def script(monkeypatch):
     """Imports a benchmark as running it would."""
     monkeypatch.syspath_prepend(str(FOLDER))
-    for name in ("common", "generation", "training_step"):
-        monkeypatch.delitem(sys.modules, name, raising=False)
-
-    def load(name: str):
-        return __import__(name)
-
+    for name in modules_of_benchmarks():
+        monkeypatch.delitem(sys.modules, name)
     threads = torch.get_num_threads()
-    yield load
+    yield importlib.import_module
     torch.set_num_threads(threads)
-    for name in ("common", "generation", "training_step"):
-        sys.modules.pop(name, None)
+    for name in modules_of_benchmarks():
+        del sys.modules[name]
 
 
 def rows_of(path: Path) -> list[dict]:
@@ -103,3 +107,245 @@ def test_alternate_takes_turns(script):
     )
     assert order == ["a", "b"] * 3
     assert (first, second, ratio) == (4.0, 2.0, 2.0)
+
+
+# ---- image denoising -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def denoisers(tmp_path_factory) -> dict[str, Path]:
+    """Tiny random checkpoints of an EBT and a DiT, and images with classes."""
+    datasets = pytest.importorskip("datasets")
+    pytest.importorskip("diffusers")
+    from PIL import Image
+
+    from ebt_transformers import EBTForImageDenoising, EBTImageConfig
+    from ebt_transformers.training.dit_twin import DiTTwin, new_dit
+
+    folder = tmp_path_factory.mktemp("denoisers")
+    torch.manual_seed(0)
+    shape = {"image_size": 16, "patch_size": 8, "hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1}
+    config = EBTImageConfig(**shape, step_size=5.0)
+    models = EBTForImageDenoising(config), new_dit(config)
+    for model in models:  # both start with zeros that hide what the network does
+        for parameter in model.parameters():
+            if not parameter.any():
+                torch.nn.init.normal_(parameter, std=0.05)
+    models[0].save_pretrained(folder / "ebt")
+    DiTTwin(models[1]).save_pretrained(folder / "dit")
+
+    random = np.random.default_rng(0)
+    steep = np.arange(20) % 2  # the class: brighter to the right, or to the bottom
+    ramp = np.linspace(0, 200, 16)
+    pixels = [np.stack([np.tile(ramp, (16, 1)) if s else np.tile(ramp, (16, 1)).T] * 3, -1) for s in steep]
+    images = [Image.fromarray((p + random.integers(0, 50)).astype(np.uint8)) for p in pixels]
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["down", "right"])})
+    table = datasets.Dataset.from_dict({"image": images, "label": steep.tolist()}, features=features)
+    table.to_parquet(folder / "images.parquet")
+    return {"ebt": folder / "ebt", "dit": folder / "dit", "data": folder / "images.parquet"}
+
+
+def denoising_argv(denoisers: dict[str, Path], path: Path, *more: str) -> list[str]:
+    argv = ["--ebt", str(denoisers["ebt"]), "--dit", f"twin={denoisers['dit']}", "--data", str(denoisers["data"])]
+    argv += ["--max-images", "5", "--time-images", "2", "--grid-images", "2", "--rounds", "1", "--threads", "1"]
+    return [*argv, "--steps", "1", "2", "--results", str(path), *more]
+
+
+def test_denoising_runs_and_resumes(script, denoisers, tmp_path, monkeypatch):
+    denoising = script("denoising")
+    monkeypatch.setitem(denoising.TUNED, "TV", (0.1, 0.4))
+    path = tmp_path / "denoising.jsonl"
+    more = ["--classical", "noisy", "rescaled", "TV", "--passes", "1", "3"]
+    argv = denoising_argv(denoisers, path, *more, "--probe", "--probe-train", "12", "--probe-test", "8")
+    text = denoising.main(argv)
+    assert path.with_suffix(".md").read_text() == text
+    for part in ("machine", "scikit-image", "--max-images 5", "seed: 0", "5 images, 16 x 16", "TV at 0.2"):
+        assert part in text
+    rows = rows_of(path)
+    quality = [row for row in rows if row["kind"] == "quality"]
+    # classical, steps, passes; at the second level both protocols of the DiT
+    assert len(quality) == 3 + 2 + 2 + 3 + 2 + 2 * 2
+    assert {row["protocol"] for row in quality if row["method"] == "twin"} == {"", "paper", "fair"}
+    assert all(0 < row["psnr"] < 60 and row["mse"] > 0 and -1 <= row["ssim"] <= 1 for row in quality)
+    for name in ("denoising.png", "denoising_0.1.png", "denoising_0.2.png"):
+        assert (tmp_path / name).stat().st_size > 10_000 and f"({name})" in text
+    assert "ebt, random weights" in text and text.count("\n| 0.2 ") == 9 + 4
+
+    measured = []
+    measure = denoising.measure_quality
+    monkeypatch.setattr(denoising, "measure_quality", lambda *args: measured.append(args[0].name) or measure(*args))
+    assert denoising.main(argv) == text and not measured
+    monkeypatch.setattr(denoising, "draw", lambda *args: [])
+    lines = path.read_text().splitlines()
+    number = next(n for n, row in enumerate(rows) if row["kind"] == "quality" and row["passes"] == 3)
+    path.write_text("\n".join(lines[:number]) + "\n" + lines[number][:30])  # killed at the DiT's second number
+    denoising.main(argv)
+    assert measured == ["twin", "noisy", "rescaled", "TV", "ebt", "ebt"] + ["twin"] * (2 + 2)
+    measured.clear()
+    text = denoising.main([*argv, "--seeds", "0", "1"])
+    assert len(measured) == len(quality) and "2 seeds" in text and "seed: 0, 1" in text
+
+
+def test_denoised_rows_are_what_the_models_do(script, denoisers, tmp_path):
+    from ebt_transformers import EBTForImageDenoising
+    from ebt_transformers.configuration.noise_ebt import noise_scheduler
+    from ebt_transformers.training.dit_twin import ddim_denoise, load_dit
+
+    denoising = script("denoising")
+    path = tmp_path / "denoising.jsonl"
+    more = ["--classical", "noisy", "--passes", "4", "200", "--levels", "0.2", "--rounds", "0", "--batch-size", "2"]
+    text = denoising.main(denoising_argv(denoisers, path, *more))
+    assert "Time was not taken" in text
+    rows = {(row["method"], row["protocol"], row["passes"]): row for row in rows_of(path) if row["kind"] == "quality"}
+
+    clean = denoising.load_pictures(str(denoisers["data"]), (16, 16), 3, limit=5).scaled
+    noise = denoising.Noise(0.2)
+    noisy = noise.add(clean, 0)
+    ebt = EBTForImageDenoising.from_pretrained(denoisers["ebt"]).eval()
+    dit, own = load_dit(denoisers["dit"])
+    stretched, start = noise_scheduler(0.2)
+    twice = ddim_denoise(dit, ddim_denoise(dit, noisy, stretched, start, 100), stretched, start, 100)
+    expected = {
+        ("noisy", "", 0): noisy,
+        ("ebt", "", 2): ebt(noisy, thinking_steps=2).reconstruction.detach(),
+        ("twin", "paper", 4): ddim_denoise(dit, noisy, stretched, 99, 4),
+        ("twin", "paper", 200): twice,
+        ("twin", "fair", 4): ddim_denoise(dit, noisy, own, 199, 4),
+        ("twin", "fair", 200): ddim_denoise(dit, noisy, own, 199, 200),
+    }
+    for key, images in expected.items():
+        errors = (255 / 2 * (images.clamp(-1, 1) - clean)).square().mean((1, 2, 3))
+        psnr = (10 * torch.log10(255**2 / errors)).mean()
+        assert rows[key]["psnr"] == pytest.approx(psnr.item(), abs=1e-3), key
+        assert rows[key]["mse"] == pytest.approx(errors.mean().item(), rel=1e-3), key
+
+
+def test_protocols_of_the_dit(script, denoisers):
+    denoising = script("denoising")
+    dit = denoising.DiTMethod("dit", denoisers["dit"], [1, 100, 150, 200, 300], ["paper", "fair"], "cpu")
+    assert dit.protocols(denoising.Noise(0.1)) == {"": [[1], [100, 200, 300]]}
+    assert dit.protocols(denoising.Noise(0.2)) == {
+        "paper": [[1], [100, 200, 300]],
+        "fair": [[1], [100], [150], [200]],  # 300 are no whole number of runs from timestep 199
+    }
+
+
+def test_noise_is_that_of_the_paper_and_of_each_image(script):
+    denoising = script("denoising")
+    for level, keep, std in ((0.1, 0.947, 0.321), (0.2, 0.812, 0.583)):
+        noise = denoising.Noise(level)
+        assert (noise.keep, noise.std) == (pytest.approx(keep, abs=1e-3), pytest.approx(std, abs=1e-3))
+    clean = torch.full((3, 1, 64, 64), 0.5)
+    noisy = noise.add(clean, 7)
+    torch.testing.assert_close(noise.add(clean[:2], 7), noisy[:2])
+    assert (noisy - noise.keep * clean).std().item() == pytest.approx(noise.std, rel=0.05)
+    assert not torch.equal(noise.add(clean, 8), noisy)
+
+
+def test_flops_count_backward_passes(script, denoisers):
+    denoising = script("denoising")
+    image = torch.zeros(1, 3, 16, 16)
+    forward, flops = denoising.EBTMethod("ebt", denoisers["ebt"], [1, 2], "cpu").flops(image, [1, 2])
+    assert flops[2] == 2 * flops[1]
+    assert 1.5 < flops[1] / forward < 3.5
+    forward, flops = denoising.DiTMethod("dit", denoisers["dit"], [1, 8], ["fair"], "cpu").flops(image, [8])
+    # one layer of width 16 on 4 patches: attention projections, feed-forward of four times the width
+    assert flops == {8: 8 * forward} and forward > 2 * 4 * (4 + 8) * 16**2
+
+
+@pytest.mark.parametrize("name", ["BM3D", "TV", "NL means"])
+def test_classical_methods_denoise_grey_and_colour(script, name):
+    denoising = script("denoising")
+    methods = script("denoisers.methods")
+    if name == "BM3D":
+        pytest.importorskip("bm3d")
+    noise, judge = denoising.Noise(0.1), denoising.Judge()
+    ramp = torch.linspace(-0.8, 0.8, 24).expand(1, 1, 24, 24)
+    for clean in (ramp, torch.cat([ramp, -ramp, ramp.mT], dim=1)):
+        tuned = denoising.tune(name, clean, noise, 1, judge) if name in methods.TUNED else None
+        noisy = noise.add(clean, 0)
+        ((count, denoised),) = denoising.ClassicalMethod(name, tuned).denoise(noisy, noise, "", [0])
+        assert count == 0 and denoised.shape == clean.shape
+        assert judge(denoised, clean)["psnr"][0] > judge(noisy, clean)["psnr"][0] + 6
+
+
+def test_pictures_are_cropped_and_named(script, tmp_path):
+    denoising = script("denoising")
+    from PIL import Image
+
+    values = np.arange(10 * 13 * 3, dtype=np.uint8).reshape(10, 13, 3)
+    Image.fromarray(values).save(tmp_path / "a.png")
+    load = denoising.load_pictures
+    whole = torch.from_numpy(values).permute(2, 0, 1)
+    assert torch.equal(load(str(tmp_path), (8, 8), 3).pixels[0], whole[:, 1:9, 2:10])
+    tiles = load(str(tmp_path), (4, 5), 3, "tiles")
+    assert len(tiles) == 4 and tiles.labels is None
+    assert torch.equal(tiles.pixels[3], whole[:, 5:9, 6:11])
+    assert len(load(str(tmp_path), (4, 5), 1, "tiles", limit=3)) == 3
+    assert load(str(tmp_path), (16, 16), 1, resize_to=16).pixels.shape == (1, 1, 16, 16)
+    with pytest.raises(ValueError, match="10 x 13 pixels.*16 x 16"):
+        load(str(tmp_path), (16, 16), 3)
+
+
+def test_checkpoints_have_names(script, denoisers, tmp_path):
+    denoising = script("denoising")
+    folder = denoisers["ebt"]
+    assert denoising.named_folders([str(folder), f"other={folder}"]) == {"ebt": folder, "other": folder}
+    with pytest.raises(ValueError, match="'ebt'.*NAME=DIR"):
+        denoising.named_folders([str(folder)] * 2)
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        denoising.named_folders([str(tmp_path / "nowhere")])
+    argv = denoising_argv(denoisers, tmp_path / "rows.jsonl")
+    with pytest.raises(ValueError, match="twin takes images of 16 x 16"):
+        denoising.main([*argv, "--image-size", "8"])
+    with pytest.raises(ValueError, match="'ebt'"):
+        denoising.main([*argv, "--dit", f"ebt={denoisers['dit']}"])
+    with pytest.raises(SystemExit):
+        denoising.main(["--data", str(denoisers["data"])])
+
+
+def test_equal_quality(script):
+    denoising = script("denoising")
+
+    def row(kind: str, method: str, passes: int, psnr: float, seconds: float) -> dict:
+        return {
+            **{"level": 0.1, "kind": kind, "method": method, "protocol": "", "passes": passes, "psnr": psnr},
+            **{"seconds": seconds, "flops": 1000 * seconds},
+        }
+
+    ebt = [row("ebt", "E", 1, 25.0, 0.002), row("ebt", "E", 2, 27.0, 0.004), row("ebt", "E", 3, 28.0, 0.006)]
+    dit = [row("dit", "D", 1, 24.0, 0.001), row("dit", "D", 100, 26.5, 0.1)]
+    lines = denoising.equal_quality([row("classical", "TV", 0, 30.0, 1.0), *ebt, *dit])
+    assert lines == [
+        ["0.1", "26.50", "D", "E", "2 steps, 4 ms", "D", "100 passes, 100 ms", "25", "25"],
+        ["0.1", "28.00", "E", "E", "3 steps, 6 ms", "D", "not reached (26.50)", "", ""],
+    ]
+
+
+def test_linear_probe(script, denoisers):
+    pytest.importorskip("sklearn")
+    denoising, probe = script("denoising"), script("denoisers.probe")
+    random = np.random.default_rng(0)
+    labels = random.integers(0, 3, 150)
+    telling = np.eye(3)[labels] + 0.1 * random.standard_normal((150, 3))
+    silent = random.standard_normal((150, 3))
+    accuracy = [
+        probe.linear_probe(features[:100], labels[:100], features[100:], labels[100:])["top1"]
+        for features in (telling, silent)
+    ]
+    assert accuracy[0] == 1.0 and accuracy[1] < 0.6
+
+    images = torch.rand(2, 3, 16, 16) * 2 - 1
+    ebt = denoising.EBTMethod("ebt", denoisers["ebt"], [1], "cpu")
+    dit = denoising.DiTMethod("dit", denoisers["dit"], [1], ["fair"], "cpu")
+    torch.testing.assert_close(probe.features_of(ebt)(images), ebt.model.model(images).last_hidden_state.mean(1))
+    for method in (ebt, dit):
+        trained, untrained = probe.features_of(method)(images), probe.untrained(method, 0)(images)
+        assert trained.shape == untrained.shape == (2, 16) and not torch.allclose(trained, untrained)
+    # the output layer is a function of what the probe sees
+    seen = []
+    dit.dit.transformer_blocks[-1].register_forward_hook(lambda module, inputs, output: seen.append(output))
+    features = probe.features_of(dit)(images)
+    torch.testing.assert_close(features, seen[0].mean(1))
+    patches = probe.patch_features(8)(images)
+    torch.testing.assert_close(patches[0, :8], images[0, 0].unfold(0, 8, 8).unfold(1, 8, 8).mean((0, 1))[0])
