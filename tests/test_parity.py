@@ -3,6 +3,7 @@ Law: with the official weights and the same starts and random numbers, this pack
 computes. Every tensor is held to the tolerance stored beside it (30 times the error of the official fp32 run itself).
 """
 
+import contextlib
 import json
 import math
 import shutil
@@ -17,10 +18,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from ebt_transformers import EBTForCausalLM, ThinkingConfig
+from ebt_transformers import EBTConfig, EBTForCausalLM, ThinkingConfig
 from ebt_transformers.modeling_ebt import conversion_ebt as conversion
 from ebt_transformers.modeling_ebt import conversion_ebt_text as text_conversion
 from ebt_transformers.modeling_ebt import descent
+from ebt_transformers.modeling_ebt.conversion_common_ebt import SCHEDULE_FLAGS
 
 
 sys.path.append(str(Path(__file__).parent))  # the helper beside this file, under every import mode of pytest
@@ -439,6 +441,67 @@ def test_a_model_the_official_code_cannot_express_raises_naming_the_field(
     model = make_model(**{"num_key_value_heads": 4, **overrides})
     with pytest.raises(ValueError, match=f"The official code has nothing for `{named}`"):
         conversion.model_to_official(model)
+
+
+STEPS = [
+    # our fields, and the official (mcmc_num_steps, randomize_mcmc_num_steps, _min, _final_landscape)
+    ({"num_landscapes": 2}, (2, 0, 0, False)),
+    ({"num_landscapes": 2, "thinking_steps": 4}, (2, 2, 3, True)),
+    ({"num_landscapes": 2, "thinking_steps": 4, "random_steps": [3, 4]}, (2, 2, 2, True)),
+    ({"num_landscapes": 2, "thinking_steps": 4, "random_steps": [4, 4]}, (2, 2, 3, True)),
+    ({"num_landscapes": 1, "thinking_steps": 3, "random_steps": [1, 3]}, (1, 2, 0, False)),
+    ({"num_landscapes": 1, "thinking_steps": 3, "random_steps": [2, 3], "random_step_size": 2.0}, (1, 2, 2, False)),
+    ({"num_landscapes": 1, "thinking_steps": 3, "step_conditioning": "none"}, (3, 0, 0, False)),
+    (
+        {"num_landscapes": 1, "thinking_steps": 3, "step_conditioning": "none", "random_steps": [2, 3]},
+        (1, 2, 2, False),
+    ),
+]
+
+
+@pytest.mark.parametrize(("ours", "theirs"), STEPS, ids=str)
+def test_numbers_of_steps_go_there_and_come_back(ours: dict[str, Any], theirs: tuple[Any, ...]) -> None:
+    config = EBTConfig(vocab_size=29, **ours)
+    hparams = conversion.config_to_official(config)
+    assert tuple(hparams[flag] for flag in ("mcmc_num_steps", *SCHEDULE_FLAGS)) == theirs
+    again = conversion.config_from_official(hparams, vocab_size=29)
+    assert again.default_thinking() == config.default_thinking()
+    assert (again.random_steps or [again.default_thinking().steps] * 2) == (
+        config.random_steps or [config.default_thinking().steps] * 2
+    )
+    assert again.random_step_size == config.random_step_size
+    assert not hasattr(again, "official_training")
+
+
+@pytest.mark.parametrize(
+    "unexpressed",
+    [{"randomize_mcmc_num_steps": 2}, {"mcmc_replay_buffer": True, "mcmc_replay_buffer_size": 6}],
+    ids=str,
+)
+def test_training_flags_without_a_field_are_kept_and_said(
+    unexpressed: dict[str, Any], official: tuple[dict[str, Tensor], dict[str, Any]], caplog: pytest.LogCaptureFixture
+) -> None:
+    state_dict, hparams = official
+    with _propagated():
+        model = conversion.model_from_official(state_dict, {**hparams, **unexpressed})
+        assert model.config.official_training == unexpressed and str(unexpressed) in caplog.text
+        assert conversion.model_to_official(model)[1].items() >= unexpressed.items()
+        caplog.clear()
+        expressed = {"randomize_mcmc_num_steps": 2, "randomize_mcmc_num_steps_final_landscape": True}
+        conversion.model_from_official(state_dict, {**hparams, **expressed, "randomize_mcmc_step_size_scale": 2})
+        assert caplog.text == ""
+
+
+@contextlib.contextmanager
+def _propagated() -> Iterator[None]:
+    """Lets pytest see what transformers' logger writes."""
+    from transformers.utils import logging
+
+    logging.enable_propagation()
+    try:
+        yield
+    finally:
+        logging.disable_propagation()
 
 
 def test_another_kind_of_model_raises() -> None:
