@@ -280,7 +280,8 @@ def test_pictures_are_cropped_and_named(script, tmp_path):
     assert torch.equal(load(str(tmp_path), (8, 8), 3).pixels[0], whole[:, 1:9, 2:10])
     tiles = load(str(tmp_path), (4, 5), 3, "tiles")
     assert len(tiles) == 4 and tiles.labels is None
-    assert torch.equal(tiles.pixels[3], whole[:, 5:9, 6:11])
+    expected = [whole[:, down : down + 4, right : right + 5] for down in (1, 5) for right in (1, 6)]
+    assert all(any(torch.equal(tile, other) for other in tiles.pixels) for tile in expected)
     assert len(load(str(tmp_path), (4, 5), 1, "tiles", limit=3)) == 3
     assert load(str(tmp_path), (16, 16), 1, resize_to=16).pixels.shape == (1, 1, 16, 16)
     with pytest.raises(ValueError, match="10 x 13 pixels.*16 x 16"):
@@ -314,7 +315,8 @@ def test_equal_quality(script):
         }
 
     ebt = [row("ebt", "E", 1, 25.0, 0.002), row("ebt", "E", 2, 27.0, 0.004), row("ebt", "E", 3, 28.0, 0.006)]
-    dit = [row("dit", "D", 1, 24.0, 0.001), row("dit", "D", 100, 26.5, 0.1)]
+    # 200 passes gain nothing over 100
+    dit = [row("dit", "D", 1, 24.0, 0.001), row("dit", "D", 100, 26.5, 0.1), row("dit", "D", 200, 26.503, 0.2)]
     lines = denoising.equal_quality([row("classical", "TV", 0, 30.0, 1.0), *ebt, *dit])
     assert lines == [
         ["0.1", "26.50", "D", "E", "2 steps, 4 ms", "D", "100 passes, 100 ms", "25", "25"],

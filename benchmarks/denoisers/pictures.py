@@ -73,7 +73,8 @@ def load_pictures(
     limit: int | None = None,
 ) -> Pictures:
     """
-    Images from a file or folder, in a random order that is always the same: some files are sorted by class.
+    Images from a file or folder, in a random order that is always the same: some files are sorted by class, and tiles
+    of one image are alike.
 
     Args:
         path (`str`): a parquet file, an image file, a pattern or a folder of images.
@@ -81,7 +82,7 @@ def load_pictures(
         channels (`int`): 1 for grey, 3 for RGB; images are converted.
         crops (`str`, *optional*, defaults to `"centre"`): one from the middle of each image, or `"tiles"`.
         resize_to (`int`, *optional*): resize the shorter side to this before cropping.
-        limit (`int`, *optional*): stop when there are so many crops.
+        limit (`int`, *optional*): so many crops at most.
 
     Raises:
         FileNotFoundError: for a path behind which there is nothing.
@@ -92,10 +93,11 @@ def load_pictures(
     found: list[np.ndarray] = []
     labels: list[int] = []
     images = select_images(table)
-    order = np.random.default_rng(ORDER_SEED).permutation(len(images))
-    for number in tqdm(order.tolist(), desc="loading images", leave=False):
-        if limit is not None and len(found) >= limit:
-            break
+    random = np.random.default_rng(ORDER_SEED)
+    chosen = random.permutation(len(images)).tolist()
+    if crops == "centre":
+        chosen = chosen[:limit]
+    for number in tqdm(chosen, desc="loading images", leave=False):
         picture = images[number]["image"]
         encoded = picture["bytes"]
         with Image.open(picture["path"] if encoded is None else io.BytesIO(encoded)) as image:
@@ -108,8 +110,9 @@ def load_pictures(
         cut = list(_crops(array, size, crops))
         found += cut
         labels += [] if classes is None else [int(classes[number])] * len(cut)
-    found, labels = found[:limit], labels[:limit]
-    return Pictures(torch.from_numpy(np.stack(found)), np.array(labels) if classes is not None else None)
+    order = random.permutation(len(found))[:limit] if crops == "tiles" else np.arange(len(found))
+    pixels = torch.from_numpy(np.stack([found[place] for place in order]))
+    return Pictures(pixels, None if classes is None else np.array(labels)[order])
 
 
 @dataclass(frozen=True)
