@@ -100,6 +100,12 @@ class EBTForImageDenoising(EBTImagePreTrainedModel):
         check_images(pixel_values, self.config.num_channels, self.config.patch_size)
         check_image_values(pixel_values)
         flat = {name: kwargs.pop(name) for name in list(kwargs) if name.startswith("thinking_")}
+        num_items = kwargs.pop("num_items_in_batch", None)
+        if kwargs:
+            raise TypeError(
+                f"Unknown argument(s) {', '.join(sorted(kwargs))}. Allowed beside thinking options: labels, thinking, "
+                "initial_candidate, output_energies, output_trajectory, num_items_in_batch, return_dict."
+            )
         resolved = resolve_thinking(self.config, thinking, flat, self.training)
         schedule = make_schedule(resolved, self._step_size(pixel_values))
         noisy = pixel_values.float()
@@ -116,7 +122,7 @@ class EBTForImageDenoising(EBTImagePreTrainedModel):
                 labels.to(noisy.device),
                 self.config.reconstruction_loss,
                 self.config.loss_on_steps,
-                kwargs.get("num_items_in_batch"),
+                num_items,
             )
         states: list[Tensor] = [state] if output_trajectory else []
 

@@ -11,10 +11,10 @@ from transformers import ImageProcessingMixin, PreTrainedModel
 from ..configuration import ThinkingConfig
 from ..configuration.noise_ebt import noise_scheduler
 from ..modeling_ebt.image_processing_ebt import OUTPUT_TYPES, EBTImageProcessor
+from ..modeling_ebt.latents import decode, encode, load_vae, need_diffusers, vae_scale_factor
 from ..modeling_ebt.modeling_ebt_image import EBTForImageDenoising
 from .image_denoising import check_denoiser, check_noise_options, check_vae, denoise, scale_for_noise
 from .image_tiles import Tiling
-from .latents import decode, encode, load_vae, need_diffusers, vae_scale_factor
 
 
 need_diffusers("`EBTDenoisingPipeline`")
@@ -99,7 +99,7 @@ class EBTDenoisingPipeline(DiffusionPipeline):
             vae.eval()
         if scheduler is None:
             scheduler, _ = noise_scheduler()
-        self.unit = 1 if vae is None else vae_scale_factor(vae)
+        self.unit = vae_scale_factor(vae)
         if processor is None:
             processor = EBTImageProcessor.from_model_config(config, self.unit)
         self.register_modules(model=model.eval(), scheduler=scheduler, processor=processor, vae=vae)

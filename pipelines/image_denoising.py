@@ -22,8 +22,8 @@ from transformers.utils.logging import tqdm
 from ..configuration import FLAT_THINKING_NAMES, ThinkingConfig
 from ..configuration.noise_ebt import noise_scheduler
 from ..modeling_ebt.image_processing_ebt import OUTPUT_TYPES, EBTImageProcessor
+from ..modeling_ebt.latents import decode, encode, load_vae, need_diffusers, vae_scale_factor
 from .image_tiles import Canvas, Tiling
-from .latents import decode, encode, load_vae, need_diffusers, vae_scale_factor
 
 
 if TYPE_CHECKING:
@@ -390,7 +390,7 @@ class ImageDenoisingPipeline(Pipeline):
     @property
     def _unit(self) -> int:
         """Pixels a side for each cell the model works on."""
-        return 1 if self.vae is None else vae_scale_factor(self.vae)
+        return vae_scale_factor(self.vae)
 
     def preprocess(self, image: Any) -> dict[str, Any]:
         """A picture as the model's input, with its size before the padding."""

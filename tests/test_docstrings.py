@@ -10,7 +10,7 @@ import pytest
 import ebt_transformers
 
 
-FOLDERS = ("configuration", "modeling_ebt")
+FOLDERS = ("configuration", "metrics", "modeling_ebt", "pipelines")
 PACKAGE = Path(ebt_transformers.__file__).parent
 MODULES = [
     f"ebt_transformers.{folder}.{module.name}"
@@ -49,6 +49,13 @@ def test_examples_in_docstrings_run(module_name: str) -> None:
         ("modeling_ebt.modeling_ebt", "EBTModel"),
         ("modeling_ebt.modeling_ebt", "EBTForCausalLM"),
         ("modeling_ebt.modeling_ebt", "EBTForCausalLM.energy"),
+        ("modeling_ebt.modeling_ebt_image", "EBTForImageDenoising"),
+        ("modeling_ebt.modeling_ebt_image", "EBTForImageDenoising.energy"),
+        ("modeling_ebt.transformer_image", "EBTImageModel"),
+        ("configuration.configuration_ebt_image", "EBTImageConfig"),
+        ("configuration.noise_ebt", "noise_scheduler"),
+        ("pipelines.image_denoising", "ImageDenoisingPipeline"),
+        ("pipelines.diffusers_denoising", "EBTDenoisingPipeline"),
     ],
 )
 def test_public_entry_points_have_an_example(module_name: str, owner: str) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..configuration.noise_ebt import noise_scheduler
+from ..modeling_ebt.latents import encode
 from .data import SPLITS
 
 
@@ -386,10 +387,8 @@ class Latents(torch.utils.data.Dataset):
         """Whether the latents were computed once for all."""
         return self.cached is not None
 
-    @torch.no_grad()
     def _encode(self, pixels: list[Tensor]) -> Tensor:
-        batch = torch.stack(pixels).to(self.vae.device, self.vae.dtype)
-        return (self.vae.encode(batch).latent_dist.mean * self.vae.config.scaling_factor).float().cpu()
+        return encode(self.vae, torch.stack(pixels)).cpu()
 
     def __len__(self) -> int:
         return len(self.images)

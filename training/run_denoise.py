@@ -36,6 +36,7 @@ from .script import (
 
 
 if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
     from torch import nn
 
     from ..configuration import EBTImageConfig
@@ -264,25 +265,21 @@ def _check_arguments(
 # ---- model -----------------------------------------------------------------------------------------------------
 
 
-def _load_vae(name: str, training: "EBTImageTrainingArguments") -> Any:
-    from diffusers import AutoencoderKL
+def _load_vae(name: str, training: "EBTImageTrainingArguments") -> "AutoencoderKL":
+    from ..modeling_ebt.latents import load_vae
 
     with refusing_bad_values():
         try:
-            vae = AutoencoderKL.from_pretrained(name)
+            vae = load_vae(name)
         except OSError as error:
             raise Refusal(f"--vae_name_or_path {name}: {error}") from error
-    return vae.to(training.device).eval().requires_grad_(False)
-
-
-def _shrinkage(vae: Any) -> int:
-    """How many pixels a side of a latent stands for."""
-    return 1 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
+    return vae.to(training.device).requires_grad_(False)
 
 
 def _new_config(model: ModelArguments, training: "EBTImageTrainingArguments", vae: Any) -> "EBTImageConfig":
     """Config of a new model; for the twin, of the EBT whose twin it is."""
     from ..configuration import EBTImageConfig
+    from ..modeling_ebt.latents import vae_scale_factor
 
     overrides = parse_overrides(model.config_overrides, EBTImageConfig)
     names = (*SHAPE, *EBT_ONLY, "vae_name_or_path")
@@ -299,7 +296,7 @@ def _new_config(model: ModelArguments, training: "EBTImageTrainingArguments", va
     if "hidden_size" in overrides:
         values.setdefault("intermediate_size", None)
     if vae is not None:
-        pixels, shrinkage = values.get("image_size", EBTImageConfig.image_size), _shrinkage(vae)
+        pixels, shrinkage = values.get("image_size", EBTImageConfig.image_size), vae_scale_factor(vae)
         sides = pixels if isinstance(pixels, list) else [pixels]
         if any(side % shrinkage for side in sides):
             raise Refusal(f"--image_size {pixels} must be a multiple of {shrinkage}, by which the VAE shrinks images.")
@@ -321,15 +318,6 @@ def _build_model(model: ModelArguments, config: "EBTImageConfig", max_timestep: 
 
         return DiTTwin(new_dit(config), max_timestep=max_timestep)
     return AutoModelForImageToImage.from_config(config, dtype=torch.float32)
-
-
-def _image_processor(config: "EBTImageConfig", vae: Any) -> Any:
-    """What turns users' images into the model's input, saved beside it; None where this version has none."""
-    try:
-        from ..modeling_ebt.image_processing_ebt import EBTImageProcessor
-    except ImportError:
-        return None
-    return EBTImageProcessor.from_model_config(config, _shrinkage(vae))
 
 
 # ---- data ------------------------------------------------------------------------------------------------------
@@ -433,6 +421,8 @@ def _run(argv: list[str]) -> None:
     from transformers import AutoConfig, set_seed
 
     from .. import exports  # noqa: F401  registers the models with the Auto classes; the console script has not yet
+    from ..modeling_ebt.image_processing_ebt import EBTImageProcessor
+    from ..modeling_ebt.latents import vae_scale_factor
     from .ema import EMA_FILE, EMACallback
     from .images import DiffusionCollator, EpochCallback, NoisyImageCollator, share_timesteps
     from .model_card import RunFacts
@@ -460,7 +450,7 @@ def _run(argv: list[str]) -> None:
             raise Refusal(f"{model_args.model_name_or_path} is a {config.model_type} model, not one for images.")
         vae = config.vae_name_or_path and _load_vae(config.vae_name_or_path, training_args)
     vae = vae or None
-    height, width = (side * _shrinkage(vae) for side in config.height_and_width)
+    height, width = (side * vae_scale_factor(vae) for side in config.height_and_width)
     size = (height, width)
     channels = config.num_channels if vae is None else vae.config.in_channels
 
@@ -491,7 +481,10 @@ def _run(argv: list[str]) -> None:
             training_args,
             train_dataset=images["train"],
             eval_dataset=images.get("validation"),
-            processing_class=None if model_args.twin else _image_processor(config, vae),
+            # what turns users' pictures into the model's input, saved beside it
+            processing_class=None
+            if model_args.twin
+            else EBTImageProcessor.from_model_config(config, vae_scale_factor(vae)),
             data_collator=collator,
             callbacks=[EpochCallback(images["train"]), *averages],
             run_facts=RunFacts(

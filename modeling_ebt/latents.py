@@ -35,23 +35,28 @@ def load_vae(name_or_path: str) -> "AutoencoderKL":
     return AutoencoderKL.from_pretrained(name_or_path).eval()
 
 
-def vae_scale_factor(vae: "AutoencoderKL") -> int:
-    """Pixels a side for each latent."""
-    return 2 ** (len(vae.config.block_out_channels) - 1)
+def vae_scale_factor(vae: "AutoencoderKL | None") -> int:
+    """Pixels a side for each latent; 1 without an autoencoder."""
+    return 1 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
+
+
+def _shift(vae: "AutoencoderKL") -> float:
+    """Newer autoencoders have latents that are not centred at zero."""
+    return vae.config.shift_factor or 0.0
 
 
 @torch.no_grad()
 def encode(vae: "AutoencoderKL", images: Tensor) -> Tensor:
     """Images `(B, 3, H, W)` on -1..1 to scaled latents `(B, C, h, w)` in float32: the posterior's mean."""
-    mean = vae.encode(images.to(device=vae.device, dtype=vae.dtype)).latent_dist.mode()
-    return mean.float() * vae.config.scaling_factor
+    mean = vae.encode(images.to(device=vae.device, dtype=vae.dtype)).latent_dist.mode().float()
+    return (mean - _shift(vae)) * vae.config.scaling_factor
 
 
 @torch.no_grad()
 def decode(vae: "AutoencoderKL", latents: Tensor) -> Tensor:
     """Scaled latents `(B, C, h, w)` to images `(B, 3, H, W)` in float32, about -1..1."""
-    scaled = (latents / vae.config.scaling_factor).to(device=vae.device, dtype=vae.dtype)
-    return vae.decode(scaled).sample.float()
+    unscaled = latents / vae.config.scaling_factor + _shift(vae)
+    return vae.decode(unscaled.to(device=vae.device, dtype=vae.dtype)).sample.float()
 
 
 __all__ = ["decode", "encode", "load_vae", "need_diffusers", "vae_scale_factor"]
