@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import __version__
+from .assets import example_picture_path
 
 
 if TYPE_CHECKING:
@@ -25,6 +26,9 @@ USAGE_ERROR = 2
 INTERRUPTED = 130
 THINKING = "thinking_"
 DEFAULT_NEW_TOKENS = 100
+# options of one of the two demonstrations
+IMAGE_DEMO = {"levels"}
+TEXT_DEMO = {"prompt", "max_new_tokens", "temperature", "top_k", "blocks"}
 
 
 # ---- arguments -------------------------------------------------------------------------------------------------
@@ -32,19 +36,41 @@ DEFAULT_NEW_TOKENS = 100
 
 @dataclass
 class DemoArguments:
-    """Text, speed, energies and held-out perplexity of the embedded model with 1, 2, 4 and 8 thinking steps."""
+    """What thinking does: to text, its speed and perplexity, or with --image to a noisy picture."""
 
-    model: str | None = field(default=None, metadata={"help": "Another checkpoint: a folder or a Hub id."})
-    prompt: str = field(default="ROMEO:\n", metadata={"help": "The text to continue."})
-    steps: list[int] = field(
-        default_factory=lambda: [1, 2, 4, 8], metadata={"help": "Numbers of thinking steps to compare."}
+    image: str | None = field(
+        default=None,
+        metadata={
+            **{"nargs": "?", "const": str(example_picture_path()), "metavar": "PICTURE"},
+            "help": "Denoise a picture instead of writing text: this file, or without a name an embedded one.",
+        },
     )
-    max_new_tokens: int = field(default=100, metadata={"help": "Length of each text in tokens."})
-    temperature: float = field(default=0.8, metadata={"help": "Temperature of the sampled text."})
-    top_k: int = field(default=50, metadata={"help": "Sample from the so many likeliest tokens."})
-    seed: int = field(default=0, metadata={"help": "Random seed of the sampled text."})
-    blocks: int = field(default=0, metadata={"help": "Held-out blocks to measure perplexity on; 0 means all."})
-    output_dir: str = field(default="ebt_demo", metadata={"help": "Where the picture and the numbers go."})
+    model: str | None = field(
+        default=None, metadata={"help": "Another checkpoint than the embedded one: a folder or a Hub id."}
+    )
+    steps: list[int] | None = field(
+        default=None,
+        metadata={"help": "Numbers of thinking steps to compare. Default: 1 2 4 8, of pictures 1 2 3 4 8."},
+    )
+    seed: int = field(default=0, metadata={"help": "Seed of the sampled text, or of the noise."})
+    output_dir: str = field(default="ebt_demo", metadata={"help": "Where pictures and numbers go."})
+    levels: list[float] | None = field(
+        default=None,
+        metadata={"help": "Pictures: noise levels, above 0 and up to 1 (pure noise). Default: 0.1 0.2."},
+    )
+    prompt: str | None = field(default=None, metadata={"help": "Text: what to continue. Default: ROMEO:"})
+    max_new_tokens: int | None = field(
+        default=None, metadata={"help": "Text: length of each sample in tokens. Default: 100."}
+    )
+    temperature: float | None = field(
+        default=None, metadata={"help": "Text: temperature of the samples. Default: 0.8."}
+    )
+    top_k: int | None = field(
+        default=None, metadata={"help": "Text: sample from the so many likeliest tokens. Default: 50."}
+    )
+    blocks: int | None = field(
+        default=None, metadata={"help": "Text: held-out blocks to measure perplexity on; 0 (default) means all."}
+    )
 
 
 @dataclass
@@ -70,6 +96,9 @@ class GenerateArguments:
     thinking_noise_std: float | None = field(default=None, metadata={"help": "Noise before every step."})
     thinking_tolerance: float | None = field(
         default=None, metadata={"help": "Stop thinking about a token when its energy changes by no more than this."}
+    )
+    thinking_target_energy: float | None = field(
+        default=None, metadata={"help": "Stop thinking about a token when its energy is at most this."}
     )
     thinking_accept_only_lower_energy: bool = field(
         default=False, metadata={"help": "Take a step only where it lowers the energy."}
@@ -120,9 +149,20 @@ def _parse(command: str, kind: type, argv: list[str], positionals: dict[str, str
 
 def _demo(argv: list[str]) -> int:
     arguments, _ = _parse("demo", DemoArguments, argv)
-    from .demo import run_demo
+    given = {name: value for name, value in vars(arguments).items() if value is not None}
+    picture = given.pop("image", None)
+    if ignored := sorted(given.keys() & (IMAGE_DEMO if picture is None else TEXT_DEMO)):
+        raise ValueError(
+            f"--{ignored[0]} has an effect with{' --image only' if picture is None else 'out --image only'}."
+        )
+    if picture is None:
+        from .demo import run_demo
 
-    run_demo(**vars(arguments))
+        run_demo(**given)
+    else:
+        from .demo_image import run_image_demo
+
+        run_image_demo(picture, **given)
     return 0
 
 
@@ -223,6 +263,9 @@ class DenoiseArguments:
     thinking_tolerance: float | None = field(
         default=None, metadata={"help": "Stop when the energy of a picture changes by no more than this."}
     )
+    thinking_target_energy: float | None = field(
+        default=None, metadata={"help": "Stop thinking about a picture when its energy is at most this."}
+    )
     thinking_accept_only_lower_energy: bool = field(
         default=False, metadata={"help": "Take a step only where it lowers the energy."}
     )
@@ -258,7 +301,9 @@ def _denoise(argv: list[str]) -> int:
         raise ValueError("--model is missing: give a folder or a Hub id of a model that denoises images.")
     folder = Path(arguments.output_dir)
     targets = _denoised_files(given.inputs, folder, arguments.add_noise_level is not None)
-    denoiser = _load_denoiser(arguments.model, arguments.device)
+    from .demo_image import load_denoiser
+
+    denoiser = load_denoiser(arguments.model, arguments.device)
     options = _thinking_options(arguments, denoiser.model)
     options |= {name: getattr(arguments, name) for name in ("noise_std", "add_noise_level", "noise_seed")}
     options |= {name: getattr(arguments, name) for name in ("tile_overlap", "output_energies", "batch_size")}
@@ -302,30 +347,6 @@ def _denoised_files(inputs: Sequence[str], folder: Path, with_noisy: bool) -> li
             raise ValueError(f"Two pictures would be written to {target}. Rename one, or denoise them one by one.")
         taken.add(place)
     return targets
-
-
-def _load_denoiser(source: str, device: str | None) -> Any:
-    import torch
-    import transformers
-
-    from . import exports  # noqa: F401  registers models and pipeline
-    from .demo import _looks_like_path
-    from .pipelines.image_denoising import TASK
-
-    if _looks_like_path(source) and not Path(source).is_dir():
-        raise FileNotFoundError(f"There is no checkpoint folder {source}.")
-    bar = transformers.utils.logging.is_progress_bar_enabled()
-    transformers.utils.logging.disable_progress_bar()
-    try:
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        model = transformers.AutoModelForImageToImage.from_pretrained(source)
-        return transformers.pipeline(TASK, model=model, image_processor=source, device=device)
-    except Exception as error:  # whatever a wrong or broken checkpoint makes the libraries underneath raise
-        where = "the folder" if Path(source).is_dir() else "no such folder here, and from the Hub"
-        raise ValueError(f"Cannot load {source!r} ({where}): {error}") from error
-    finally:
-        if bar:
-            transformers.utils.logging.enable_progress_bar()
 
 
 def _denoised_line(record: dict[str, Any]) -> str:

@@ -20,7 +20,19 @@ import numpy as np
 import torch
 from common import Results, add_common_options, command_line, machine_settings, report, timed
 from denoisers.figures import Curve, draw_grid, plot_passes
-from denoisers.methods import CLASSICAL, PROTOCOLS, TUNED, ClassicalMethod, DiTMethod, EBTMethod, Method, Model, tune
+from denoisers.methods import (
+    CLASSICAL,
+    PROTOCOLS,
+    TARGET,
+    TARGET_SHARE,
+    TUNED,
+    ClassicalMethod,
+    DiTMethod,
+    EBTMethod,
+    Method,
+    Model,
+    tune,
+)
 from denoisers.pictures import Judge, Noise, Pictures, load_pictures, to_unit
 from tqdm import tqdm
 
@@ -97,6 +109,7 @@ def measure_quality(
 ) -> dict[int, dict[str, float]]:
     """Mean PSNR, pixel MSE and SSIM of images (N, C, H, W) for every number of passes."""
     found: dict[int, dict[str, list[float]]] = {count: {"psnr": [], "ssim": []} for count in passes}
+    method.steps_taken = []
     starts = tqdm(range(0, len(clean), batch_size), desc=f"{method.name}, passes {list(passes)}", leave=False)
     for start in starts:
         rows = slice(start, start + batch_size)
@@ -108,6 +121,8 @@ def measure_quality(
             "psnr": statistics.fmean(values["psnr"]),
             "mse": statistics.fmean(255**2 / 10 ** (value / 10) for value in values["psnr"]),
             "ssim": statistics.fmean(values["ssim"]),
+            # what stops by its energy has only one number of steps, the most it may take
+            **({"steps_taken": statistics.fmean(method.steps_taken)} if protocol == TARGET else {}),
         }
         for count, values in found.items()
     }
@@ -115,7 +130,9 @@ def measure_quality(
 
 def quality_key(method: Method, noise: Noise, protocol: str, passes: int, seed: int) -> dict[str, Any]:
     """What a row of quality is found by."""
+    target = {"target": method.target} if protocol == TARGET else {}
     return {
+        **target,
         **{"kind": "quality", "method": method.name, "checkpoint": method.fingerprint, "level": noise.level},
         **{"protocol": protocol, "passes": passes, "seed": seed},
     }
@@ -146,9 +163,10 @@ def evaluate_all(
                             results.append({**keys[count], **values})
 
 
-def timing_key(method: Method, noise: Noise, passes: int) -> str:
+def timing_key(method: Method, noise: Noise, protocol: str, passes: int) -> str:
     """What is timed once: a pass of a network takes the same time at every noise level."""
-    level = f"level {noise.level:g}" if method.kind == "classical" else f"{passes} passes"
+    own = method.kind == "classical" or protocol == TARGET
+    level = f"{protocol} level {noise.level:g}".strip() if own else f"{passes} passes"
     return f"{method.name} {method.fingerprint} {level}"
 
 
@@ -164,7 +182,7 @@ def measure_times(
                 for passes in (count for group in groups for count in group):
                     work = (noisy, noise, protocol, [passes])
                     if method.name not in ("noisy", "rescaled"):
-                        key = timing_key(method, noise, passes)
+                        key = timing_key(method, noise, protocol, passes)
                         tasks.setdefault(key, (method, lambda m=method, work=work: list(m.denoise(*work))))
     done = [
         row["seconds"]
@@ -252,14 +270,23 @@ def summarise(
                     mean = {name: statistics.fmean(row[name] for row in each) for name in ("psnr", "mse", "ssim")}
                     key = {"kind": "flops", "method": method.name, "checkpoint": method.fingerprint, "passes": passes}
                     cost = results.find(**key) or {}
+                    taken = statistics.fmean(row["steps_taken"] for row in each) if protocol == TARGET else None
+                    if taken is not None and cost:
+                        # one more pass shows that the energy is low enough
+                        cost = {**cost, "flops": cost["flops"] / passes * (taken + 1)}
                     rows.append(
                         {
                             **{"level": noise.level, "method": method.name, "kind": method.kind, "protocol": protocol},
-                            **{"passes": passes, **mean, "psnr_of_mse": 10 * np.log10(255**2 / mean["mse"])},
+                            **{
+                                "passes": passes,
+                                "taken": taken,
+                                **mean,
+                                "psnr_of_mse": 10 * np.log10(255**2 / mean["mse"]),
+                            },
                             "spread": max(row["psnr"] for row in each) - min(row["psnr"] for row in each),
                             "flops": cost.get("flops"),
                             "forwards": cost["flops"] / cost["forward"] if cost else None,
-                            "seconds": seconds.get(timing_key(method, noise, passes)),
+                            "seconds": seconds.get(timing_key(method, noise, protocol, passes)),
                         }
                     )
     return rows
@@ -267,8 +294,9 @@ def summarise(
 
 def cells(row: dict[str, Any]) -> list[str]:
     """A row of the main table."""
+    passes = str(row["passes"] or "") if row["taken"] is None else f"{row['taken']:.2f}"
     return [
-        *(f"{row['level']:g}", row["method"], row["protocol"], str(row["passes"]) if row["passes"] else ""),
+        *(f"{row['level']:g}", row["method"], row["protocol"], passes),
         "" if row["forwards"] is None else f"{row['forwards']:.1f}",
         "" if row["flops"] is None else f"{row['flops'] / 1e9:.3g}",
         "" if row["seconds"] is None else f"{1000 * row['seconds']:.4g}",
@@ -297,7 +325,7 @@ def _need(row: dict[str, Any] | None, best: dict[str, Any]) -> str:
 def equal_quality(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
     """For each EBT and DiT: what both need to reach the best PSNR of the one, and of the other."""
     series: dict[tuple[float, str, str, str], list[dict[str, Any]]] = {}
-    for row in rows:
+    for row in (row for row in rows if row["protocol"] != TARGET):
         series.setdefault((row["level"], row["kind"], row["method"], row["protocol"]), []).append(row)
     lines = []
     for (level, kind, ebt, _), of_ebt in series.items():
@@ -340,10 +368,11 @@ def draw(
         title = f"noise level {noise.level:g} ({known})"
         curves = panels.setdefault(title, [])
         for row in (row for row in rows if row["level"] == noise.level and row["method"] != "noisy"):
+            passes = row["passes"] if row["taken"] is None else row["taken"]
             label = f"{row['method']} ({row['protocol']})" if row["protocol"] else row["method"]
             if not curves or curves[-1].label != label:
                 curves.append(Curve(label, row["kind"], {}))
-            curves[-1].points[row["passes"]] = row["psnr"]
+            curves[-1].points[passes] = row["psnr"]
 
         some = clean[: options.grid_images]
         noisy = noise.add(some, options.seeds[0])
@@ -356,6 +385,8 @@ def draw(
         for method in shown.values():
             for protocol, groups in method.protocols(noise).items():
                 counts = [count for group in groups for count in group]
+                if protocol == TARGET:
+                    continue
                 if method.kind == "ebt":
                     counts = [count for count in counts if count in GRID_STEPS] or counts[:1]
                 elif method.kind == "dit":
@@ -406,6 +437,16 @@ def notes_on(
         "of training all the same (the official evaluation), `fair` at the one whose noise is that of the images. "
         "More passes than timesteps are whole runs, each fed with the result of the one before, as in the official "
         "evaluation.",
+        *(
+            [
+                f"`target`: thinking about an image stops when its energy is at most what {100 * TARGET_SHARE:g} % of "
+                f"{options.target_images} other images ({Path(options.target_data).name}, noise level "
+                f"{options.train_level:g}) come down to in the trained number of steps; at most {max(options.steps)} "
+                "steps, their mean number is given. The pass that sees the target reached is counted, too."
+            ]
+            if options.target_data
+            else []
+        ),
         "`noisy`: the images as they are. `rescaled`: divided by what the noise shrank them by, as for the classical "
         "methods, which are told the strength of the noise."
         + (f" Chosen on {TUNING_IMAGES} other images: {chosen}." if chosen else ""),
@@ -461,6 +502,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--classical", nargs="*", choices=CLASSICAL, default=list(CLASSICAL), help="default: all")
     parser.add_argument("--tune-data", help=f"images to tune classical methods on; default: the {TUNING_IMAGES} last")
+    parser.add_argument(
+        "--target-data",
+        help="images to learn from at which energy an EBT may stop thinking; adds rows in which it stops there",
+    )
+    parser.add_argument("--target-images", type=positive, default=256, help="so many of them (default: 256)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the noise")
     parser.add_argument("--batch-size", type=positive, default=32)
     parser.add_argument("--rounds", type=int, default=3, help="of timing; 0 takes no time")
@@ -516,6 +562,12 @@ def main(argv: Sequence[str] | None = None) -> str:
     judge, clean = Judge(), pictures.scaled
     noises = [Noise(level) for level in options.levels]
 
+    if options.target_data is not None:
+        how = (options.image_size, models[0].channels, options.crops, options.resize_to)
+        learned_from = load_pictures(options.target_data, *how, options.target_images)
+        noisy = Noise(options.train_level).add(learned_from.scaled, options.seeds[0])
+        for model in (model for model in models if model.kind == "ebt"):
+            model.learn_target(noisy)
     tuned: dict[tuple[str, float], float] = {}
     methods: dict[Noise, list[Method]] = {}
     for noise in noises:

@@ -34,6 +34,7 @@ class EBTBaseConfig(PreTrainedConfig):
         thinking_candidates (`int`, *optional*, defaults to 1): Default number of candidates in evaluation.
         thinking_noise_std (`float`, *optional*, defaults to 0.0): Default noise before every step, in training too.
         thinking_tolerance (`float`, *optional*): Default energy tolerance of the stop rule in evaluation.
+        thinking_target_energy (`float`, *optional*): Default energy at which evaluation stops.
         thinking_accept_only_lower_energy (`bool`, *optional*, defaults to `False`): Default acceptance in evaluation.
     """
 
@@ -48,6 +49,7 @@ class EBTBaseConfig(PreTrainedConfig):
     thinking_candidates: int = 1
     thinking_noise_std: float | int = 0.0
     thinking_tolerance: float | int | None = None
+    thinking_target_energy: float | int | None = None
     thinking_accept_only_lower_energy: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -108,6 +110,7 @@ class EBTBaseConfig(PreTrainedConfig):
             noise_first_step_only=False,
             accept_only_lower_energy=self.thinking_accept_only_lower_energy,
             tolerance=self.thinking_tolerance,
+            target_energy=self.thinking_target_energy,
             init="mean",
             seed=0,
         )

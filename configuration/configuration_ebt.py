@@ -75,6 +75,7 @@ class EBTConfig(EBTBaseConfig):
         thinking_candidates (`int`, *optional*, defaults to 1): Default number of candidates in evaluation.
         thinking_noise_std (`float`, *optional*, defaults to 0.0): Default noise on the logits, in training too.
         thinking_tolerance (`float`, *optional*): Default energy tolerance of the stop rule in evaluation.
+        thinking_target_energy (`float`, *optional*): Default energy at which evaluation stops.
         thinking_accept_only_lower_energy (`bool`, *optional*, defaults to `False`): Default acceptance in evaluation.
         use_cache (`bool`, *optional*, defaults to `True`): Whether `generate()` caches the context.
         tie_word_embeddings (`bool`, *optional*): Set from `candidate_embedding`.

@@ -73,6 +73,7 @@ class EBTImageConfig(EBTBaseConfig):
         thinking_noise_std (`float`, *optional*, defaults to 0.0): Noise before every step in training; evaluation adds
             noise only when a call asks for it.
         thinking_tolerance (`float`, *optional*): Default energy tolerance of the stop rule in evaluation.
+        thinking_target_energy (`float`, *optional*): Default energy at which evaluation stops.
         thinking_accept_only_lower_energy (`bool`, *optional*, defaults to `False`): Default acceptance in evaluation.
 
     Example:

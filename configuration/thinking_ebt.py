@@ -52,6 +52,9 @@ class ThinkingConfig:
             A step that does not lower a position's energy is not taken there. One more forward per step. (`False`)
         tolerance (`float`, *optional*, at least 0):
             A position stops when its energy changed by at most this much in a step on the same landscape. (never)
+        target_energy (`float`, *optional*):
+            A position (an image) stops as soon as its energy is at most this, before its first step too. Energies are
+            on each model's own scale: measure where good predictions end. (never)
         init (`str`, *optional*):
             `"mean"`: candidate 0 starts at the mean of the trained initial distribution (zero logits), so that the
             result is deterministic. `"normal"`: every candidate starts at random logits of the trained spread.
@@ -81,6 +84,7 @@ class ThinkingConfig:
     noise_first_step_only: bool | None = None
     accept_only_lower_energy: bool | None = None
     tolerance: float | None = None
+    target_energy: float | None = None
     init: str | None = None
     seed: int | None = None
     landscapes: list[int] | None = None
@@ -100,6 +104,8 @@ class ThinkingConfig:
             value = getattr(self, name)
             if value is not None and (not _is_number(value) or value < 0):
                 _fail(name, value, "a finite number of at least 0")
+        if self.target_energy is not None and not _is_number(self.target_energy):
+            _fail("target_energy", self.target_energy, "a finite number")
         for name in ("noise_first_step_only", "accept_only_lower_energy"):
             value = getattr(self, name)
             if value is not None and not isinstance(value, bool):

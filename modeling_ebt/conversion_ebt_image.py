@@ -120,7 +120,13 @@ NOISE_LIMITS: dict[str, tuple[tuple[Any, ...], Any]] = {"no_langevin_during_eval
 DATA_FLAGS = ("diffusion_steps", "denoise_images_noise_level", "randomize_denoise_images_noise_level")
 
 # config fields without an official flag that do not change what the trained model is
-LEFT_OUT = ("initializer_range", "thinking_candidates", "thinking_tolerance", "thinking_accept_only_lower_energy")
+LEFT_OUT = (
+    "initializer_range",
+    "thinking_candidates",
+    "thinking_tolerance",
+    "thinking_target_energy",
+    "thinking_accept_only_lower_energy",
+)
 
 
 def config_from_official(hparams: Mapping[str, Any]) -> EBTImageConfig:

@@ -108,6 +108,7 @@ def descend(
     graph_on_steps: str = "none",
     accept_only_lower_energy: bool = False,
     tolerance: float | None = None,
+    target_energy: float | None = None,
     final_energy: bool = False,
     generator: torch.Generator | None = None,
     checkpoint: Callable | None = None,
@@ -128,6 +129,8 @@ def descend(
         accept_only_lower_energy (`bool`): a row keeps its state where a step would not lower its energy.
         tolerance (`float`, *optional*): a row stops for good when its energy changed by at most this much during one
             step on an unchanged landscape; the other rows go on, and never feel it.
+        target_energy (`float`, *optional*): a row stops for good once its energy is at most this, before its first
+            step too.
         final_energy (`bool`): also report the energy of the returned state, on the last landscape (one more forward).
         generator (`torch.Generator`, *optional*): source of the noise.
         checkpoint (`Callable`, *optional*): `torch.utils.checkpoint`-like wrapper, recomputes a step in the backward
@@ -142,6 +145,7 @@ def descend(
     if graph_on_steps not in ("none", "last", "all"):
         raise ValueError(f"`graph_on_steps` must be none, last or all, got {graph_on_steps!r}.")
 
+    stops = tolerance is not None or target_energy is not None
     energies: list[Tensor] = []
     moves: list[Tensor] = []
     after: Tensor | None = None
@@ -163,19 +167,21 @@ def descend(
 
         if index == 0:
             active = torch.ones_like(value, dtype=torch.bool)
-        elif tolerance is not None:
+        elif stops:
             # a row that stopped earlier repeats its last energy; one that stops now reports that of the state it keeps
-            previous = energies[-1]
-            value = torch.where(active, value, previous)
-            if step.landscape == schedule[index - 1].landscape:
-                active = active & ((previous - value).abs() > tolerance)
-            if not active.any():
-                # every row has come to rest: the remaining steps would change nothing
-                energies += [value] * (len(schedule) - index)
-                if on_step is not None:
-                    for rest in range(index, len(schedule)):
-                        on_step(rest, state, value)
-                break
+            value = torch.where(active, value, energies[-1])
+            if tolerance is not None and step.landscape == schedule[index - 1].landscape:
+                active = active & ((energies[-1] - value).abs() > tolerance)
+        if target_energy is not None:
+            active = active & (value > target_energy)
+        if stops and not active.any():
+            # every row has come to rest: the remaining steps would change nothing
+            energies += [value] * (len(schedule) - index)
+            moves.append(active)
+            if on_step is not None:
+                for rest in range(index, len(schedule)):
+                    on_step(rest, state, value)
+            break
         energies.append(value)
 
         moved = active
@@ -185,7 +191,7 @@ def descend(
                 after = energy(space.embed(space.point(proposal)), step.landscape)
             moved = active & (after < value)
             after = torch.where(moved, after, value)
-        if accept_only_lower_energy or tolerance is not None:
+        if accept_only_lower_energy or stops:
             proposal = torch.where(_over_state(moved, state), proposal, state)
         state = proposal
         moves.append(moved)

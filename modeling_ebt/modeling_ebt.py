@@ -310,6 +310,7 @@ class EBTForCausalLM(EBTGenerationMixin, EBTPreTrainedModel, GenerationMixin):
             graph_on_steps=graph,
             accept_only_lower_energy=thinking.accept_only_lower_energy,
             tolerance=thinking.tolerance,
+            target_energy=thinking.target_energy,
             final_energy=output_energies or candidates > 1,
             generator=random_generator(thinking, state.device, position),
             checkpoint=self._gradient_checkpointing_func if learning and self.gradient_checkpointing else None,

@@ -195,6 +195,44 @@ class EBTForImageDenoising(EBTImagePreTrainedModel):
         energies = self.model(images, noisy_pixel_values=noisy_pixel_values, landscape=landscape).energies
         return energies if per_patch else energies.mean(-1)
 
+    @torch.no_grad()
+    def suggest_target_energy(self, pixel_values: Tensor, share: float = 0.9, **thinking: Any) -> float:
+        """
+        Where thinking can stop (`thinking_target_energy`): the energy that this share of images comes down to. Give it
+        images with the noise of training; noisier ones then take as many steps as they need to get there, and cleaner
+        ones fewer. Not in the paper.
+
+        Args:
+            pixel_values (`torch.FloatTensor` of shape `(B, C, H, W)`): noisy images, a hundred or more.
+            share (`float`, *optional*, defaults to 0.9): of the images that reach the energy, above 0 and at most 1. A
+                smaller share thinks longer about noise stronger than in training, and blurs more images with less.
+            thinking: options of the descent, `thinking_steps=2` and the like; the checkpoint's own by default.
+
+        Returns:
+            `float`, on the model's own scale of energy.
+
+        Raises:
+            ValueError: for a share out of range, and as [`forward`].
+
+        Example:
+
+        ```python
+        >>> import torch
+        >>> from ebt_transformers import EBTForImageDenoising, EBTImageConfig
+
+        >>> model = EBTForImageDenoising(EBTImageConfig.from_preset("4xs", image_size=32, patch_size=4)).eval()
+        >>> target = model.suggest_target_energy(torch.randn(8, 3, 32, 32))
+        >>> output = model(torch.randn(2, 3, 32, 32), thinking_steps=8, thinking_target_energy=target)
+        ```
+        """
+        if not 0 < share <= 1:
+            raise ValueError(f"`share` must be above 0 and at most 1, got {share}.")
+        if self.training:
+            raise ValueError("A target energy is for evaluation: call `model.eval()` first.")
+        check_images(pixel_values, self.config.num_channels, self.config.patch_size)
+        energies = [self(part, output_energies=True, **thinking).energies[:, -1] for part in pixel_values.split(32)]
+        return float(torch.cat(energies).quantile(share))
+
     def _step_size(self, images: Tensor) -> Tensor:
         """The step size, in training one for each image; it grows with the patches the energy is averaged over."""
         rows, columns = (side // self.config.patch_size for side in images.shape[-2:])
@@ -270,6 +308,7 @@ class EBTForImageDenoising(EBTImagePreTrainedModel):
             graph_on_steps=graph,
             accept_only_lower_energy=thinking.accept_only_lower_energy,
             tolerance=thinking.tolerance,
+            target_energy=thinking.target_energy,
             final_energy=output_energies or candidates > 1,
             generator=random_generator(thinking, state.device),
             checkpoint=self._gradient_checkpointing_func if learning and self.gradient_checkpointing else None,

@@ -21,7 +21,8 @@ class Thinking:
         scales (`list[float]`): factor on the step size of every step.
         noises (`list[float]`): noise before every step.
         step_size (`float`, *optional*): instead of the model's own.
-        candidates, selection, accept_only_lower_energy, tolerance, init, seed: as in [`ThinkingConfig`].
+        candidates, selection, accept_only_lower_energy, tolerance, target_energy, init, seed: as in
+            [`ThinkingConfig`].
     """
 
     landscapes: list[int]
@@ -32,6 +33,7 @@ class Thinking:
     selection: str
     accept_only_lower_energy: bool
     tolerance: float | None
+    target_energy: float | None
     init: str
     seed: int
 
@@ -55,9 +57,10 @@ def resolve_thinking(
     called = ThinkingConfig.from_call(thinking, flat)
     defaults = ThinkingConfig.from_value(config.default_thinking())
     if training:
-        if (called.candidates or 1) > 1 or called.tolerance is not None or called.accept_only_lower_energy:
+        stops = called.tolerance is not None or called.target_energy is not None
+        if (called.candidates or 1) > 1 or stops or called.accept_only_lower_energy:
             raise ValueError(
-                "Several candidates, a tolerance and `accept_only_lower_energy` are for evaluation: call "
+                "Several candidates, stop rules and `accept_only_lower_energy` are for evaluation: call "
                 "`model.eval()` first."
             )
         defaults = ThinkingConfig(
@@ -90,6 +93,7 @@ def resolve_thinking(
         selection=wanted.selection or "min_energy",
         accept_only_lower_energy=bool(wanted.accept_only_lower_energy),
         tolerance=wanted.tolerance,
+        target_energy=wanted.target_energy,
         init=wanted.init or "mean",
         seed=0 if wanted.seed is None else wanted.seed,
     )

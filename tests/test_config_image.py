@@ -40,6 +40,7 @@ UNUSUAL: dict[str, Any] = {
     "thinking_candidates": 2,
     "thinking_noise_std": 0.25,
     "thinking_tolerance": 1e-3,
+    "thinking_target_energy": -1.5,
     "thinking_accept_only_lower_energy": True,
 }
 

@@ -287,6 +287,28 @@ def test_a_row_that_stopped_keeps_its_state_whatever_the_others_do(any_model: EB
             assert_close(batch.logits[taken], fixed.logits[taken], rtol=0, atol=0)
 
 
+def test_a_row_stops_at_the_first_state_with_the_target_energy(any_model: EBTForCausalLM) -> None:
+    ids = tokens(6, 5)
+    options = {"thinking_steps": 6, "thinking_step_size": 0.05, "output_energies": True}
+    with torch.no_grad():
+        free = any_model(input_ids=ids, **options).energies
+        target = float(free[..., :-1].median())
+        batch = any_model(input_ids=ids, thinking_target_energy=target, **options)
+        # the energies before each of the six steps: the first one low enough stops the row
+        low = free[..., :-1] <= target
+        expected = torch.where(low.any(-1), low.int().argmax(-1), 6)
+        assert torch.equal(batch.steps_taken, expected)
+        assert len(expected.unique()) > 1, "the target must separate the rows"
+        for steps in range(1, 7):
+            taken = batch.steps_taken == steps
+            fixed = any_model(input_ids=ids, **{**options, "thinking_steps": steps})
+            assert_close(batch.logits[taken], fixed.logits[taken], rtol=0, atol=0)
+        untouched = any_model(input_ids=ids, thinking_target_energy=1e9, **options)
+    assert (untouched.steps_taken == 0).all() and (untouched.logits == 0).all()
+    # the last one is judged on the last landscape
+    assert_close(untouched.energies[..., :-1], free[..., :1].expand(-1, -1, 6), **CLOSE)
+
+
 # ---------------------------------------------------------------------------------------------------------- candidates
 
 

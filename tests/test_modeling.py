@@ -606,7 +606,13 @@ def test_broken_weights_raise_instead_of_answering(make_model: MakeModel) -> Non
 
 
 @pytest.mark.parametrize(
-    "options", [{"thinking_candidates": 2}, {"thinking_tolerance": 0.1}, {"thinking_accept_only_lower_energy": True}]
+    "options",
+    [
+        {"thinking_candidates": 2},
+        {"thinking_tolerance": 0.1},
+        {"thinking_target_energy": 0.0},
+        {"thinking_accept_only_lower_energy": True},
+    ],
 )
 def test_evaluation_only_thinking_raises_in_training(make_model: MakeModel, options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"model\.eval\(\)"):

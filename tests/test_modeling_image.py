@@ -88,9 +88,10 @@ def context_of(model: EBTForImageDenoising, noisy: Tensor) -> Tensor | None:
     [
         {},
         {"thinking_steps": 6, "thinking_tolerance": 0.05},
+        {"thinking_steps": 6, "thinking_target_energy": -0.05},
         {"thinking_step_size": 200.0, "thinking_accept_only_lower_energy": True},
     ],
-    ids=["plain", "tolerance", "acceptance"],
+    ids=["plain", "tolerance", "target", "acceptance"],
 )
 def test_a_batch_equals_its_rows_alone(any_model: EBTForImageDenoising, options: dict[str, Any]) -> None:
     noisy = images(any_model, 4)
@@ -712,8 +713,27 @@ def test_broken_weights_raise_instead_of_answering() -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"thinking_candidates": 2}, {"thinking_tolerance": 0.1}, {"thinking_accept_only_lower_energy": True}]
+    "options",
+    [
+        {"thinking_candidates": 2},
+        {"thinking_tolerance": 0.1},
+        {"thinking_target_energy": 0.0},
+        {"thinking_accept_only_lower_energy": True},
+    ],
 )
 def test_evaluation_only_thinking_raises_in_training(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"model\.eval\(\)"):
         build_model().train()(GOOD, **options)
+
+
+def test_the_suggested_target_energy_stops_its_share_of_the_images() -> None:
+    model = build_model()
+    noisy = images(model, 40)
+    reached = model.suggest_target_energy(noisy, share=0.75, thinking_steps=2)
+    with torch.no_grad():
+        ends = model(noisy, thinking_steps=2, output_energies=True).energies[:, -1]
+        taken = model(noisy, thinking_steps=3, thinking_target_energy=reached).steps_taken
+    assert (ends <= reached).float().mean() == pytest.approx(0.75, abs=0.03)
+    assert (taken[ends <= reached] <= 2).all()
+    with pytest.raises(ValueError, match="share.*got 0"):
+        model.suggest_target_energy(noisy, share=0)

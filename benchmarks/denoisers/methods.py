@@ -25,6 +25,8 @@ TUNED: dict[str, tuple[float, ...]] = {
 }
 CLASSICAL = ("noisy", "rescaled", "BM3D", "TV", "NL means")
 PROTOCOLS = ("paper", "fair")
+TARGET = "target"  # an EBT that stops by its energy
+TARGET_SHARE = 0.9  # of images with the noise of training that come down to it
 
 
 def fingerprint(folder: Path) -> str:
@@ -58,9 +60,11 @@ class EBTMethod:
     """
 
     kind = "ebt"
+    target: float | None = None
 
     def __init__(self, name: str, folder: Path, steps: Sequence[int], device: str) -> None:
         self.name, self.steps, self.device = name, sorted(set(steps)), device
+        self.steps_taken: list[float] = []  # by images, since the last look
         self.fingerprint = fingerprint(folder)
         self.model = EBTForImageDenoising.from_pretrained(folder).eval().to(device)
         self.model.requires_grad_(False)  # evaluation differentiates images only
@@ -70,17 +74,25 @@ class EBTMethod:
         self.parameters = self.model.num_parameters()
         self.channels, self.size, self.patch_size = config.num_channels, config.height_and_width, config.patch_size
 
+    def learn_target(self, noisy: Tensor) -> None:
+        """From images (B, C, H, W) with the noise of training: the energy at which thinking may stop."""
+        self.target = self.model.suggest_target_energy(noisy.to(self.device), TARGET_SHARE)
+
     def protocols(self, noise: Noise) -> dict[str, list[list[int]]]:
-        """The one way it is used, with its numbers of steps."""
-        return {"": [[steps] for steps in self.steps]}
+        """Fixed numbers of steps, and with a target energy as many as each image needs."""
+        fixed = {"": [[steps] for steps in self.steps]}
+        return fixed if self.target is None else {**fixed, TARGET: [[max(self.steps)]]}
 
     def denoise(
         self, noisy: Tensor, noise: Noise | None, protocol: str, passes: Sequence[int]
     ) -> Iterator[tuple[int, Tensor]]:
         """Noisy images (B, C, H, W) -> every number of steps with its denoised images."""
+        options = {"thinking_target_energy": self.target} if protocol == TARGET else {}
         for steps in passes:
             with torch.no_grad():
-                yield steps, self.model(noisy.to(self.device), thinking_steps=steps).reconstruction.cpu()
+                output = self.model(noisy.to(self.device), thinking_steps=steps, **options)
+            self.steps_taken += output.steps_taken.tolist()
+            yield steps, output.reconstruction.cpu()
 
     def flops(self, image: Tensor, passes: Sequence[int]) -> tuple[int, dict[int, int]]:
         """Operations of one forward pass on an image (1, C, H, W), and of denoising it."""
@@ -234,6 +246,8 @@ def tune(name: str, clean: Tensor, noise: Noise, seed: int, judge: Judge) -> flo
 __all__ = [
     "CLASSICAL",
     "PROTOCOLS",
+    "TARGET",
+    "TARGET_SHARE",
     "TUNED",
     "ClassicalMethod",
     "DiTMethod",
