@@ -15,12 +15,13 @@ SUBPACKAGES = (
     "pipelines",
     "training",
 )
-ROOT_MODULES = ("__init__", "cli", "demo", "exports", "reporting")
-DATA_FOLDERS = ("assets.tiny_ebt",)  # no code inside; setuptools wants them named all the same
+ROOT_MODULES = ("__init__", "cli", "demo", "demo_image", "exports", "reporting")
+DATA_FOLDERS = ("assets.tiny_ebt", "assets.tiny_ebt_image")  # no code inside; setuptools wants them named all the same
 PACKAGE_DATA = {
     PACKAGE: ["py.typed"],
-    f"{PACKAGE}.assets": ["*.txt"],
+    f"{PACKAGE}.assets": ["*.png", "*.txt"],
     f"{PACKAGE}.assets.tiny_ebt": ["*"],
+    f"{PACKAGE}.assets.tiny_ebt_image": ["*"],
 }
 
 

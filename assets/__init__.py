@@ -1,9 +1,15 @@
-"""Files that ship with the package: Tiny Shakespeare and the small checkpoint of ``ebt demo``."""
+"""Files that ship with the package: Tiny Shakespeare, a picture and the two small checkpoints of ``ebt demo``."""
 
 from pathlib import Path
 
 
-__all__ = ["checkpoint_path", "shakespeare_path", "shakespeare_splits"]
+__all__ = [
+    "checkpoint_path",
+    "example_picture_path",
+    "image_checkpoint_path",
+    "shakespeare_path",
+    "shakespeare_splits",
+]
 
 _FOLDER = Path(__file__).resolve().parent
 
@@ -16,6 +22,19 @@ def shakespeare_path() -> Path:
 def checkpoint_path() -> Path:
     """Return the folder of the embedded checkpoint; ``from_pretrained`` takes it as it is."""
     return _FOLDER / "tiny_ebt"
+
+
+def image_checkpoint_path() -> Path:
+    """Return the folder of the embedded model that denoises images; ``from_pretrained`` takes it as it is."""
+    return _FOLDER / "tiny_ebt_image"
+
+
+def example_picture_path() -> Path:
+    """Return a picture to denoise (128 x 128, RGB): a portrait of the astronaut Eileen Collins by NASA, public domain.
+
+    It is the region (96, 0) to (352, 256) of ``skimage.data.astronaut()``, at half its size (Lanczos).
+    """
+    return _FOLDER / "astronaut.png"
 
 
 def shakespeare_splits() -> dict[str, str]:

@@ -16,6 +16,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, Tr
 from ..modeling_ebt.losses import perplexity
 from .ema import EMACallback
 from .model_card import RunFacts, is_image_model, write_model_card
+from .quality import image_psnr
 
 
 STEP_SIZE_NAME = "step_size.value"
@@ -79,21 +80,6 @@ class _RunningMeans:
         self.weighted, self.weight = {}, None
         weight, *totals = trainer.accelerator.reduce(sums, reduction="sum").tolist()
         return {name: total / weight for name, total in zip(names, totals, strict=True)} if weight > 0 else {}
-
-
-def image_psnr(images: torch.Tensor, clean: torch.Tensor) -> torch.Tensor:
-    """
-    Peak signal-to-noise ratio of images on pixels clamped to 0..255, in dB.
-
-    Args:
-        images, clean (`torch.FloatTensor` of shape `(B, C, H, W)`): -1..1; what lies outside is clamped.
-
-    Returns:
-        `torch.FloatTensor` of shape `(B,)`; at most 148 (equal images).
-    """
-    pixels, truth = ((values.float().clamp(-1, 1) + 1) * 127.5 for values in (images, clean))
-    error = (pixels - truth).square().flatten(1).mean(1)
-    return 10 * torch.log10(255.0**2 / error.clamp(min=1e-10))
 
 
 class EBTTrainer(Trainer):
