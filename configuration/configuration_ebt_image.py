@@ -3,10 +3,13 @@
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
+from transformers.utils import logging
 
 from .base_ebt import EBTBaseConfig
 from .presets_ebt import image_recipe_fields, preset_fields
 
+
+logger = logging.get_logger(__name__)
 
 IMAGE_CONDITIONINGS = ("none", "noisy_image")
 IMAGE_CANDIDATE_INITS = ("image", "normal")
@@ -17,14 +20,17 @@ RECONSTRUCTION_LOSSES = ("smooth_l1", "mse", "l1")
 class EBTImageConfig(EBTBaseConfig):
     r"""
     Configuration of [`EBTImageModel`] and [`EBTForImageDenoising`], the Energy-Based Transformer for images (arXiv
-    2507.02092, sections 4.3 and D.3). The defaults are the paper's image setting at its smallest published size.
+    2507.02092, sections 4.3 and D.3). The defaults are the paper's 64 patches at its smallest published size.
 
     Args:
-        image_size (`int` or `list[int]`, *optional*, defaults to 128):
+        image_size (`int` or `list[int]`, *optional*, defaults to 64):
             Height and width in pixels (of latents, with a VAE) that positions and step size were made for. Any size
             divisible by `patch_size` can be denoised: positions are interpolated and the step size follows the number
             of patches.
-        patch_size (`int`, *optional*, defaults to 16): Side of a patch in pixels.
+        patch_size (`int`, *optional*, defaults to 8):
+            Side of a patch in pixels. A patch should have no more numbers (`num_channels * patch_size ** 2`) than
+            `hidden_size`: the energy's gradient cannot leave what the patch embedding keeps of a patch, so noise
+            beyond that stays. A smaller width warns.
         num_channels (`int`, *optional*, defaults to 3): Channels of an image, or of its latents.
         hidden_size (`int`, *optional*, defaults to 384): Width of the transformer [D], a multiple of 4.
         intermediate_size (`int`, *optional*): Width of the feed-forward layers; `None` means `hidden_size`.
@@ -99,8 +105,8 @@ class EBTImageConfig(EBTBaseConfig):
         "attentions",
     ]
 
-    image_size: int | list[int] = 128
-    patch_size: int = 16
+    image_size: int | list[int] = 64
+    patch_size: int = 8
     num_channels: int = 3
     hidden_size: int = 384
     intermediate_size: int | None = None
@@ -143,6 +149,13 @@ class EBTImageConfig(EBTBaseConfig):
             )
         if self.hidden_size % 4:
             raise ValueError(f"`hidden_size` must be a multiple of 4 for 2-D positions, got {self.hidden_size}.")
+        numbers = self.num_channels * self.patch_size**2
+        if self.hidden_size < numbers:
+            logger.warning_once(
+                f"`hidden_size` ({self.hidden_size}) is below the {numbers} numbers of a patch (`num_channels` x "
+                "`patch_size` ** 2): the energy's gradient cannot remove all noise. Use smaller patches or a larger "
+                "width."
+            )
         if self.candidate_init == "normal" and self.image_conditioning == "none":
             raise ValueError(
                 "`candidate_init='normal'` starts from nothing, so the energy has to see the noisy image: set "

@@ -126,8 +126,8 @@ BAD: list[tuple[dict[str, Any], str]] = [
     *[({name: 0}, rf"{name}.*at least 1.*got 0") for name in ("patch_size", "num_channels", "hidden_size")],
     *[({name: 0}, rf"{name}.*at least 1.*got 0") for name in ("num_hidden_layers", "num_attention_heads")],
     ({"intermediate_size": -2}, "intermediate_size.*at least 1.*got -2"),
-    ({"image_size": 0}, "image_size.*0.*positive multiple.*patch_size.*16"),
-    ({"image_size": 100}, r"image_size.*100.*multiple.*patch_size.*16"),
+    ({"image_size": 0}, "image_size.*0.*positive multiple.*patch_size.*8"),
+    ({"image_size": 100}, r"image_size.*100.*multiple.*patch_size.*8"),
     ({"image_size": [128, 100]}, r"image_size.*\[128, 100\].*multiple"),
     ({"image_size": [128]}, r"one number, or height and width, got \[128\]"),
     ({"image_size": [16, 16, 16]}, r"one number, or height and width"),
@@ -202,3 +202,14 @@ def test_rounding_does_not_cost_a_step_of_the_schedule(level: float) -> None:
 def test_a_noise_level_that_makes_no_sense_raises(options: tuple[Any, ...], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         noise_scheduler(*options)
+
+
+@pytest.mark.parametrize(("width", "warnings"), [(48, 0), (44, 1)])
+def test_a_width_below_a_patch_warns(width: int, warnings: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ebt_transformers.configuration import configuration_ebt_image
+
+    said: list[str] = []
+    monkeypatch.setattr(configuration_ebt_image.logger, "warning_once", said.append)
+    EBTImageConfig(hidden_size=width, num_attention_heads=4, image_size=16, patch_size=4)
+    assert len(said) == warnings
+    assert all("48 numbers of a patch" in message for message in said)

@@ -90,10 +90,14 @@ class ModelArguments:
     )
     image_size: int | None = field(
         default=None,
-        metadata={"help": "Height and width of the images in pixels, with a VAE too. Default: 128, the paper's."},
+        metadata={"help": "Height and width of the images in pixels, with a VAE too. Default: 64."},
     )
     patch_size: int | None = field(
-        default=None, metadata={"help": "Side of a patch in pixels (with a VAE: of latents). Default: 16."}
+        default=None,
+        metadata={
+            "help": "Side of a patch in pixels (with a VAE: of latents). Default: 8. The width should "
+            "be at least num_channels x patch_size^2."
+        },
     )
     num_channels: int | None = field(
         default=None, metadata={"help": "3 for colour (default) or 1 for grey; images are converted."}
@@ -406,8 +410,8 @@ def _suggest_target(trainer: "EBTTrainer", images: Any) -> None:
     trainer.save_metrics("eval", {"eval_target_energy": target})
     say(f"Thinking can stop at an energy of {target:.5g} (thinking_target_energy).")
     trainer.run_facts.notes.append(
-        f"Thinking can stop at an energy of {target:.5g}: with `thinking_steps=8, thinking_target_energy={target:.5g}` "
-        "every image takes as many steps as its noise needs. (90 % of validation images come down to it.)"
+        f"Thinking can stop at an energy of {target:.5g}, which 90 % of validation images come down to: with "
+        f"`thinking_steps=8, thinking_target_energy={target:.5g}` every image takes as many steps as its noise needs."
     )
 
 
