@@ -52,6 +52,7 @@ PROBE_HEADER = ("features", "dimensions", "top-1", "top-5", "C")
 LIBRARIES = ("diffusers", "scikit-image", "bm3d", "scikit-learn")
 TUNING_IMAGES = 8
 GRID_STEPS, GRID_PASSES = (1, 2, 3), 100
+HIGHEST = 60.0  # dB; a saturated part of a picture can come out without any error
 EQUAL = 0.01  # dB; a longer run that gains less than this has gained nothing
 
 
@@ -115,7 +116,7 @@ def measure_quality(
         rows = slice(start, start + batch_size)
         for count, denoised in method.denoise(noisy[rows], noise, protocol, passes):
             for name, values in judge(denoised, clean[rows]).items():
-                found[count][name] += values
+                found[count][name] += [min(value, HIGHEST) for value in values]
     return {
         count: {
             "psnr": statistics.fmean(values["psnr"]),
@@ -419,7 +420,8 @@ def notes_on(
     chosen = "; ".join(f"{name} at {level:g}: {value:g}" for (name, level), value in tuned.items())
     parts = [
         f"{results.settings['images']} images, {height} x {width} ({Path(options.data).name}, {options.crops} crops). "
-        "PSNR and SSIM by scikit-image, on pixels clipped to 0..255 and not rounded; means over images"
+        "PSNR and SSIM by scikit-image, on pixels clipped to 0..255 and not rounded; means over images (PSNR: at most "
+        f"{HIGHEST:g} each)"
         f"{seeds}. "
         '"PSNR of mean MSE" averages the errors first; the official evaluation does so within each batch, and lies in '
         "between.",
