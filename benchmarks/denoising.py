@@ -42,7 +42,7 @@ from ebt_transformers.reporting import table
 NAME = "denoising"
 HEADER = (
     *("noise", "method", "protocol", "passes", "forwards", "GFLOP", "ms per image"),
-    *("PSNR", "PSNR of mean MSE", "pixel MSE", "SSIM"),
+    *("PSNR", "spread", "PSNR of mean MSE", "pixel MSE", "SSIM"),
 )
 EQUAL_HEADER = (
     *("noise", "PSNR to reach", "is the best of", "EBT", "EBT needs", "DiT", "DiT needs", "time DiT / EBT"),
@@ -52,23 +52,35 @@ PROBE_HEADER = ("features", "dimensions", "top-1", "top-5", "C")
 LIBRARIES = ("diffusers", "scikit-image", "bm3d", "scikit-learn")
 TUNING_IMAGES = 8
 GRID_STEPS, GRID_PASSES = (1, 2, 3), 100
+RUN = "#"  # between the name of a method and the number of a training run
 HIGHEST = 60.0  # dB; a saturated part of a picture can come out without any error
 EQUAL = 0.01  # dB; a longer run that gains less than this has gained nothing
 
 
 def named_folders(values: Sequence[str]) -> dict[str, Path]:
-    """`DIR` and `NAME=DIR` as names and folders; a folder's own name is its default."""
+    """
+    `DIR` and `NAME=DIR` as names and folders; a folder's own name is its default. Several folders, `NAME=DIR,DIR`, are
+    one method trained several times: `NAME#1`, `NAME#2`.
+    """
     folders: dict[str, Path] = {}
     for value in values:
-        name, equals, folder = value.partition("=")
-        path = Path(value) if Path(value).is_dir() or not equals else Path(folder)
-        name = name if equals and not Path(value).is_dir() else path.resolve().name
-        if not path.is_dir():
-            raise FileNotFoundError(f"There is no checkpoint folder {path}.")
-        if name in folders:
-            raise ValueError(f"Two checkpoints are called {name!r}: name them, as in NAME=DIR.")
-        folders[name] = path
+        name, equals, listed = value.partition("=")
+        if not equals or Path(value).is_dir():
+            name, listed = Path(value).resolve().name, value
+        paths = [Path(listed)] if Path(listed).is_dir() else [Path(part) for part in listed.split(",")]
+        for number, path in enumerate(paths, start=1):
+            if not path.is_dir():
+                raise FileNotFoundError(f"There is no checkpoint folder {path}.")
+            own = name if len(paths) == 1 else f"{name}{RUN}{number}"
+            if own in folders:
+                raise ValueError(f"Two checkpoints are called {own!r}: name them, as in NAME=DIR.")
+            folders[own] = path
     return folders
+
+
+def trained_once(method: Method) -> bool:
+    """Whether this is the only or the first run of a method: what weights do not change is measured on it."""
+    return method.name.partition(RUN)[2] in ("", "1")
 
 
 def load_models(options: argparse.Namespace) -> list[Model]:
@@ -182,7 +194,7 @@ def measure_times(
             for protocol, groups in method.protocols(noise).items():
                 for passes in (count for group in groups for count in group):
                     work = (noisy, noise, protocol, [passes])
-                    if method.name not in ("noisy", "rescaled"):
+                    if method.name not in ("noisy", "rescaled") and trained_once(method):
                         key = timing_key(method, noise, protocol, passes)
                         tasks.setdefault(key, (method, lambda m=method, work=work: list(m.denoise(*work))))
     done = [
@@ -261,15 +273,22 @@ def run_probe(results: Results, options: argparse.Namespace, models: Sequence[Mo
 def summarise(
     results: Results, methods: dict[Noise, list[Method]], seeds: Sequence[int], seconds: dict[str, float]
 ) -> list[dict[str, Any]]:
-    """One row for each method, level, protocol and number of passes: means over seeds, and what it costs."""
+    """One row for each method, level, protocol and number of passes: means over training runs and seeds, and costs."""
     rows = []
     for noise, of_level in methods.items():
-        for method in of_level:
-            for protocol, groups in method.protocols(noise).items():
+        names = dict.fromkeys(method.name.partition(RUN)[0] for method in of_level)
+        for name in names:
+            runs = [method for method in of_level if method.name.partition(RUN)[0] == name]
+            first = runs[0]
+            for protocol, groups in first.protocols(noise).items():
                 for passes in sorted(count for group in groups for count in group):
-                    each = [results.find(**quality_key(method, noise, protocol, passes, seed)) for seed in seeds]
-                    mean = {name: statistics.fmean(row[name] for row in each) for name in ("psnr", "mse", "ssim")}
-                    key = {"kind": "flops", "method": method.name, "checkpoint": method.fingerprint, "passes": passes}
+                    each = [
+                        results.find(**quality_key(run, noise, protocol, passes, seed))
+                        for run in runs
+                        for seed in seeds
+                    ]
+                    mean = {key: statistics.fmean(row[key] for row in each) for key in ("psnr", "mse", "ssim")}
+                    key = {"kind": "flops", "method": first.name, "checkpoint": first.fingerprint, "passes": passes}
                     cost = results.find(**key) or {}
                     taken = statistics.fmean(row["steps_taken"] for row in each) if protocol == TARGET else None
                     if taken is not None and cost:
@@ -277,17 +296,13 @@ def summarise(
                         cost = {**cost, "flops": cost["flops"] / passes * (taken + 1)}
                     rows.append(
                         {
-                            **{"level": noise.level, "method": method.name, "kind": method.kind, "protocol": protocol},
-                            **{
-                                "passes": passes,
-                                "taken": taken,
-                                **mean,
-                                "psnr_of_mse": 10 * np.log10(255**2 / mean["mse"]),
-                            },
+                            **{"level": noise.level, "method": name, "kind": first.kind, "protocol": protocol},
+                            **{"passes": passes, "taken": taken, "runs": len(runs), **mean},
+                            "psnr_of_mse": 10 * np.log10(255**2 / mean["mse"]),
                             "spread": max(row["psnr"] for row in each) - min(row["psnr"] for row in each),
                             "flops": cost.get("flops"),
                             "forwards": cost["flops"] / cost["forward"] if cost else None,
-                            "seconds": seconds.get(timing_key(method, noise, protocol, passes)),
+                            "seconds": seconds.get(timing_key(first, noise, protocol, passes)),
                         }
                     )
     return rows
@@ -301,7 +316,8 @@ def cells(row: dict[str, Any]) -> list[str]:
         "" if row["forwards"] is None else f"{row['forwards']:.1f}",
         "" if row["flops"] is None else f"{row['flops'] / 1e9:.3g}",
         "" if row["seconds"] is None else f"{1000 * row['seconds']:.4g}",
-        *(f"{row['psnr']:.2f}", f"{row['psnr_of_mse']:.2f}", f"{row['mse']:.1f}", f"{row['ssim']:.3f}"),
+        *(f"{row['psnr']:.2f}", f"{row['spread']:.2f}" if row["spread"] else "", f"{row['psnr_of_mse']:.2f}"),
+        *(f"{row['mse']:.1f}", f"{row['ssim']:.3f}"),
     ]
 
 
@@ -370,9 +386,9 @@ def draw(
         curves = panels.setdefault(title, [])
         for row in (row for row in rows if row["level"] == noise.level and row["method"] != "noisy"):
             passes = row["passes"] if row["taken"] is None else row["taken"]
-            label = f"{row['method']} ({row['protocol']})" if row["protocol"] else row["method"]
-            if not curves or curves[-1].label != label:
-                curves.append(Curve(label, row["kind"], {}))
+            same = curves and (curves[-1].method, curves[-1].protocol) == (row["method"], row["protocol"])
+            if not same:
+                curves.append(Curve(row["method"], row["protocol"], row["kind"], {}))
             curves[-1].points[passes] = row["psnr"]
 
         some = clean[: options.grid_images]
@@ -395,7 +411,7 @@ def draw(
                 if not counts:
                     continue
                 for count, denoised in method.denoise(noisy, noise, protocol, counts):
-                    name = method.name if not count else f"{method.name}\n{amount(method.kind, count)}"
+                    name = method.name.partition(RUN)[0] + (f"\n{amount(method.kind, count)}" if count else "")
                     name += f", {protocol}" if protocol else ""
                     columns.append((name, to_unit(denoised), judge(denoised, some)["psnr"]))
         path = options.results.with_name(f"{options.results.stem}_{noise.level:g}.png")
@@ -415,8 +431,11 @@ def notes_on(
 ) -> str:
     """What a reader of the table has to know."""
     height, width = options.image_size
-    spread = max(row["spread"] for row in rows)
-    seeds = f" and {len(options.seeds)} seeds of the noise (at most {spread:.2f} dB apart)" if spread else ""
+    seeds = f" and {len(options.seeds)} seeds of the noise" if len(options.seeds) > 1 else ""
+    if (runs := max(row["runs"] for row in rows)) > 1:
+        seeds += f", of what was trained {runs} times also over the runs (time and FLOPs: of the first)"
+    if seeds:
+        seeds += "; `spread` is the difference of the best and the worst of these"
     chosen = "; ".join(f"{name} at {level:g}: {value:g}" for (name, level), value in tuned.items())
     parts = [
         f"{results.settings['images']} images, {height} x {width} ({Path(options.data).name}, {options.crops} crops). "
@@ -428,7 +447,9 @@ def notes_on(
         "A pass is one call of the network on an image: a thinking step of an EBT (forward and backward) or a step of "
         "DDIM (forward). `forwards` is the same work in forward passes of that network, `GFLOP` that in matrix "
         "products per image (counted, backward passes included). Parameters: "
-        + ", ".join(f"{model.name} {model.parameters / 1e6:.3g} M" for model in models)
+        + ", ".join(
+            f"{model.name.partition(RUN)[0]} {model.parameters / 1e6:.3g} M" for model in models if trained_once(model)
+        )
         + ".",
         f"`ms per image`: median of {options.rounds} round(s) on a batch of {options.time_images}, all methods taking "
         "turns; classical methods run on the CPU, image by image. BM3D has threads of its own, and a set-up that is "
@@ -467,8 +488,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The options, checked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_common_options(parser, NAME, text_models=False)
-    parser.add_argument("--ebt", nargs="+", default=[], metavar="[NAME=]DIR", help="EBTs saved by save_pretrained")
-    parser.add_argument("--dit", nargs="+", default=[], metavar="[NAME=]DIR", help="DiT twins")
+    parser.add_argument(
+        "--ebt",
+        nargs="+",
+        default=[],
+        metavar="[NAME=]DIR[,DIR]",
+        help="EBTs saved by save_pretrained; several folders of one name are runs to average",
+    )
+    parser.add_argument("--dit", nargs="+", default=[], metavar="[NAME=]DIR[,DIR]", help="DiT twins")
     parser.add_argument("--data", required=True, help="a parquet file with images, or a folder of images")
     parser.add_argument(
         "--max-images", "--max_images", type=positive, help="evaluate so many, the same random ones each time"

@@ -21,14 +21,21 @@ class Curve:
     One line of the plot.
 
     Args:
-        label (`str`): in the legend.
+        method (`str`): whose colour it has.
+        protocol (`str`): which kind of line; `"target"` is a point, `"fair"` dashed.
         kind (`str`): `"ebt"`, `"dit"` or `"classical"`; the last has a level instead of a curve.
         points (mapping of passes to PSNR): what was measured.
     """
 
-    label: str
+    method: str
+    protocol: str
     kind: str
-    points: Mapping[int, float]
+    points: Mapping[float, float]
+
+    @property
+    def label(self) -> str:
+        """In the legend."""
+        return f"{self.method} ({self.protocol})" if self.protocol else self.method
 
 
 def plot_passes(path: Path, panels: Mapping[str, Sequence[Curve]]) -> None:
@@ -36,17 +43,31 @@ def plot_passes(path: Path, panels: Mapping[str, Sequence[Curve]]) -> None:
     figure = Figure(figsize=(5.2 * len(panels), 4.4), layout="constrained")
     axes = np.atleast_1d(figure.subplots(1, len(panels)))
     handles = {}
+    of_kind = {"ebt": iter(EBT_COLOURS * 9), "dit": iter(DIT_COLOURS * 9)}
+    colours: dict[str, str] = {}
+    for curve in (curve for curves in panels.values() for curve in curves if curve.kind != "classical"):
+        if curve.method not in colours:
+            colours[curve.method] = next(of_kind[curve.kind])
     for axis, (title, curves) in zip(axes, panels.items(), strict=True):
-        colours = {"ebt": iter(EBT_COLOURS * 9), "dit": iter(DIT_COLOURS * 9)}
         dashes = iter(DASHES * 9)
         for curve in curves:
             if curve.kind == "classical":
                 line = axis.axhline(curve.points[0], color=GREY, linestyle=next(dashes), linewidth=1.2)
             else:
                 passes = sorted(curve.points)
-                style = {"color": next(colours[curve.kind]), "marker": "o" if curve.kind == "ebt" else "s"}
                 values = [curve.points[count] for count in passes]
-                (line,) = axis.plot(passes, values, linewidth=2, markersize=5, **style)
+                marker = "*" if curve.protocol == "target" else "o" if curve.kind == "ebt" else "s"
+                (line,) = axis.plot(
+                    passes,
+                    values,
+                    color=colours[curve.method],
+                    linestyle="--" if curve.protocol == "fair" else "-",
+                    marker=marker,
+                    markersize=13 if marker == "*" else 5,
+                    markeredgecolor="black" if marker == "*" else None,
+                    linewidth=2,
+                    zorder=3 if marker == "*" else 2,
+                )
             handles.setdefault(curve.label, line)
         axis.set_xscale("log")
         axis.set_xlim(0.85, 360)
