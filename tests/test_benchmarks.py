@@ -351,3 +351,37 @@ def test_linear_probe(script, denoisers):
     torch.testing.assert_close(features, seen[0].mean(1))
     patches = probe.patch_features(8)(images)
     torch.testing.assert_close(patches[0, :8], images[0, 0].unfold(0, 8, 8).unfold(1, 8, 8).mean((0, 1))[0])
+
+
+def test_several_runs_of_a_method_are_one_row(script, denoisers, tmp_path):
+    denoising = script("denoising")
+    folder = denoisers["ebt"]
+    assert list(denoising.named_folders([f"ebt={folder},{folder}"])) == ["ebt#1", "ebt#2"]
+    argv = ["--ebt", f"ebt={folder},{folder}", "--data", str(denoisers["data"]), "--max-images", "4", "--steps", "2"]
+    argv += ["--classical", "noisy", "--rounds", "1", "--time-images", "2", "--levels", "0.1"]
+    argv += [
+        "--target-data",
+        str(denoisers["data"]),
+        "--target-images",
+        "8",
+        "--results",
+        str(tmp_path / "rows.jsonl"),
+    ]
+    text = denoising.main(argv)
+    lines = [line.split("|") for line in text.splitlines() if line.startswith("| 0.1") and " ebt " in line]
+    assert [line[3].strip() for line in lines] == ["", "target"]
+    taken = float(lines[1][4])
+    assert 0 <= taken <= 2
+    kinds = [row["kind"] for row in map(json.loads, (tmp_path / "rows.jsonl").read_text().splitlines())]
+    assert kinds.count("quality") == 1 + 2 * 2
+
+
+def test_stopping_compares_rules_on_the_same_descents(script, denoisers, tmp_path):
+    stopping = script("stopping")
+    argv = ["--ebt", str(denoisers["ebt"]), "--data", str(denoisers["data"]), "--target-data", str(denoisers["data"])]
+    text = stopping.main(
+        [*argv, "--images", "6", "--levels", "0.1", "--most", "2", "--results", str(tmp_path / "s.jsonl")]
+    )
+    found = {row["rule"]: row["psnr"][0] for row in map(json.loads, (tmp_path / "s.jsonl").read_text().splitlines())}
+    assert set(found) == {"1 step", "2 steps", *(f"share {share:g}" for share in stopping.SHARES)}
+    assert "## Energies" in text
