@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 # public names that need more than a model does; imported when they are first used
 _LATER = {
     "EBTDenoisingPipeline": ".pipelines.diffusers_denoising",
+    "EBTImageTrainingArguments": ".training",
     "EBTTrainer": ".training",
     "EBTTrainingArguments": ".training",
     "generate_with_energies": ".pipelines",

@@ -36,6 +36,7 @@ PROMISED = {
 LATER = {
     "EBTDenoisingPipeline",
     "EBTTrainer",
+    "EBTImageTrainingArguments",
     "EBTTrainingArguments",
     "generate_with_energies",
     "model_from_official",

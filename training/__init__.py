@@ -5,10 +5,11 @@ from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:
-    from .arguments import EBTTrainingArguments
+    from .arguments import EBTImageTrainingArguments, EBTTrainingArguments
     from .trainer import EBTTrainer, find_last_checkpoint
 
 _HOME = {
+    "EBTImageTrainingArguments": ".arguments",
     "EBTTrainer": ".trainer",
     "EBTTrainingArguments": ".arguments",
     "find_last_checkpoint": ".trainer",
@@ -22,4 +23,4 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-__all__ = ["EBTTrainer", "EBTTrainingArguments", "find_last_checkpoint"]
+__all__ = ["EBTImageTrainingArguments", "EBTTrainer", "EBTTrainingArguments", "find_last_checkpoint"]
