@@ -737,3 +737,20 @@ def test_the_suggested_target_energy_stops_its_share_of_the_images() -> None:
     assert (taken[ends <= reached] <= 2).all()
     with pytest.raises(ValueError, match="share.*got 0"):
         model.suggest_target_energy(noisy, share=0)
+
+
+def test_a_tuple_holds_what_the_output_holds() -> None:
+    model = build_model()
+    noisy = images(model, 2)
+    with torch.no_grad():
+        named = model(noisy, labels=noisy, output_energies=True)
+        plain = model(noisy, labels=noisy, output_energies=True, return_dict=False)
+    assert len(plain) == len(named.to_tuple())
+    for ours, theirs in zip(plain, named.to_tuple(), strict=True):
+        assert_close(ours, theirs, rtol=0, atol=0)
+
+
+def test_an_argument_without_use_raises() -> None:
+    model = build_model()
+    with pytest.raises(TypeError, match="output_energie.*output_energies"):
+        model(images(model, 1), output_energie=True)
