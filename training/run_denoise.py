@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from .arguments import EBTImageTrainingArguments
     from .trainer import EBTTrainer
 
-DEFAULT_PRESET = "4xs"
+DEFAULT_PRESET = "3xs"  # the smallest that is wider than a patch of the default has numbers
 DEFAULT_VALIDATION_PERCENT = 5.0
 DEFAULT_NOISE_LEVEL = 0.1
 TARGET_IMAGES = 256  # from which the energy to stop at is learned
