@@ -34,7 +34,7 @@ from ebt_transformers.training.images import (
     load_image_set,
     select_images,
 )
-from ebt_transformers.training.trainer import image_psnr
+from ebt_transformers.training.quality import image_psnr
 
 
 diffusers = pytest.importorskip("diffusers")

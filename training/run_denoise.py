@@ -392,6 +392,8 @@ def _latents(images: dict[str, Any], vae: Any, data: DataArguments, training: "E
 
 def _evaluate(trainer: "EBTTrainer", images: Any, split: str) -> None:
     metrics = trainer.evaluate(images, metric_key_prefix=split)
+    if split == "eval":
+        metrics |= _suggest_target(trainer, images)
     trainer.log_metrics(split, metrics)
     trainer.save_metrics(split, metrics)
     name = "Validation" if split == "eval" else "Test"
@@ -399,20 +401,20 @@ def _evaluate(trainer: "EBTTrainer", images: Any, split: str) -> None:
     say(f"{name}: loss {metrics[f'{split}_loss']:.6g}" + ("" if psnr is None else f", PSNR {psnr:.3f} dB"))
 
 
-def _suggest_target(trainer: "EBTTrainer", images: Any) -> None:
-    """Notes the energy at which thinking can stop, learned from validation images with the noise of training."""
+def _suggest_target(trainer: "EBTTrainer", images: Any) -> dict[str, float]:
+    """Finds the energy at which thinking can stop, from validation images with the noise of training, and notes it."""
     model = trainer.accelerator.unwrap_model(trainer.model)
     if not hasattr(model, "suggest_target_energy"):
-        return
+        return {}
     count = min(len(images), TARGET_IMAGES)
     batch = trainer.data_collator([images[index] for index in range(count)])
     target = model.eval().suggest_target_energy(batch["pixel_values"].to(model.device))
-    trainer.save_metrics("eval", {"eval_target_energy": target})
     say(f"Thinking can stop at an energy of {target:.5g} (thinking_target_energy).")
     trainer.run_facts.notes.append(
         f"Thinking can stop at an energy of {target:.5g}, which 90 % of validation images come down to: with "
         f"`thinking_steps=8, thinking_target_energy={target:.5g}` every image takes as many steps as its noise needs."
     )
+    return {"eval_target_energy": target}
 
 
 def _save(trainer: "EBTTrainer") -> None:
@@ -530,7 +532,6 @@ def _run(argv: list[str]) -> None:
                 callback.load(model, checkpoint, into_model=True)
     if validate and "validation" in images:
         _evaluate(trainer, images["validation"], "eval")
-        _suggest_target(trainer, images["validation"])
     if test and "test" in images:
         _evaluate(trainer, images["test"], "test")
     if train:

@@ -23,8 +23,8 @@ STEP_SIZE_NAME = "step_size.value"
 STEP_SIZE_LR_PER_STEP_SIZE = 3.0  # the paper's rule, p. 42
 TRAINER_STATE = "trainer_state.json"
 WEIGHT_FILES = ("*.safetensors", "*.bin")
-# outputs that are no predictions; configs of EBT models list them too, wrapped ones may not have a config
 OBJECTIVES = {"s1": "all", "s2": "last"}  # what a recipe scores: the config's `loss_on_steps`
+# outputs that are no predictions; configs of EBT models list them too, wrapped ones may not have a config
 NO_PREDICTIONS = ["past_key_values", "energies", "steps_taken", "step_losses", "mean_energies"]
 
 
@@ -468,4 +468,4 @@ class EBTTrainer(Trainer):
             write_model_card(self, self.args.output_dir, **card_data)
 
 
-__all__ = ["EBTTrainer", "find_last_checkpoint", "image_psnr"]
+__all__ = ["EBTTrainer", "find_last_checkpoint"]
