@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .reporting import table
+from .reporting import of_steps, table
 
 
 if TYPE_CHECKING:
@@ -67,6 +67,43 @@ def _looks_like_path(source: str) -> bool:
     return source.startswith((".", "/", "~")) or source.count("/") > 1 or "\\" in source
 
 
+def find_checkpoint(source: str | Path | None, embedded: Path) -> str | Path:
+    """
+    What to load: the source, or the embedded checkpoint where there is none.
+
+    Raises:
+        FileNotFoundError: if the source is a folder that is not there, or the embedded checkpoint has no weights.
+    """
+    if source is None:
+        if not (embedded / "model.safetensors").is_file():
+            raise FileNotFoundError(
+                f"The embedded checkpoint has no weights in {embedded}. Give another with --model."
+            )
+        return embedded
+    if _looks_like_path(str(source)) and not Path(source).is_dir():
+        raise FileNotFoundError(f"There is no checkpoint folder {source}.")
+    return source
+
+
+@contextmanager
+def loading(source: str | Path) -> Iterator[None]:
+    """No progress bars while a checkpoint is loaded; whatever goes wrong becomes one `ValueError` with the reason."""
+    import transformers
+
+    from . import exports  # noqa: F401  registers models and pipelines
+
+    bar = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        yield
+    except Exception as error:  # whatever a wrong or broken checkpoint makes the libraries underneath raise
+        where = "the folder" if Path(source).is_dir() else "no such folder here, and from the Hub"
+        raise ValueError(f"Cannot load {str(source)!r} ({where}): {error}") from error
+    finally:
+        if bar:
+            transformers.utils.logging.enable_progress_bar()
+
+
 def load_checkpoint(source: str | Path | None = None) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
     """
     Model (in evaluation mode) and tokenizer of a checkpoint.
@@ -80,32 +117,17 @@ def load_checkpoint(source: str | Path | None = None) -> tuple["PreTrainedModel"
     """
     from .assets import checkpoint_path
 
-    if source is None:
-        source = checkpoint_path()
-        if not (source / "model.safetensors").is_file():
-            raise FileNotFoundError(f"The embedded checkpoint has no weights in {source}. Give another with --model.")
-    elif _looks_like_path(str(source)) and not Path(source).is_dir():
-        raise FileNotFoundError(f"There is no checkpoint folder {source}.")
+    source = find_checkpoint(source, checkpoint_path())
     import transformers
 
-    from . import exports  # noqa: F401  registers the Auto classes
-
-    bar = transformers.utils.logging.is_progress_bar_enabled()
-    transformers.utils.logging.disable_progress_bar()
-    try:
+    with loading(source):
         tokenizer = transformers.AutoTokenizer.from_pretrained(source)
         model = transformers.AutoModelForCausalLM.from_pretrained(source).eval()
-    except Exception as error:  # whatever a wrong or broken checkpoint makes the libraries underneath raise
-        where = "the folder" if Path(source).is_dir() else "no such folder here, and from the Hub"
-        raise ValueError(f"Cannot load {str(source)!r} ({where}): {error}") from error
-    finally:
-        if bar:
-            transformers.utils.logging.enable_progress_bar()
     return model, tokenizer
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
     """
     Matrices of a small model are too small to share out: a second thread gains nothing, and loses a lot of time at
     every operation where other programs keep the processor busy.
@@ -222,9 +244,6 @@ def verdict(report: DemoReport) -> str:
     found = report.perplexities
     best = min(found, key=lambda count: found[count])
 
-    def of_steps(count: int) -> str:
-        return f"{count} step{'s' if count != 1 else ''}"
-
     def off(value: float, reference: float) -> str:
         percent = 100 * (value / reference - 1)
         return f"{abs(percent):.1f} % {'higher' if percent >= 0 else 'lower'}"
@@ -316,7 +335,7 @@ def run_demo(
     )
     report = DemoReport(prompt=prompt)
     sampling = {"do_sample": True, "temperature": temperature, "top_k": top_k, "max_new_tokens": max_new_tokens}
-    with _one_thread():
+    with one_thread():
         for count in tqdm(steps, desc="Generating", unit="text"):
             report.samples.append(_sample(network, tokenizer, prompt, count, seed, **sampling))
     for sample in report.samples:

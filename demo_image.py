@@ -12,8 +12,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .demo import RESULTS, _looks_like_path, _one_thread
-from .reporting import table
+from .demo import RESULTS, find_checkpoint, loading, one_thread
+from .reporting import of_steps, table
 
 
 if TYPE_CHECKING:
@@ -101,30 +101,16 @@ def load_denoiser(source: str | Path | None = None, device: str | None = None) -
     """
     from .assets import image_checkpoint_path
 
-    if source is None:
-        source = image_checkpoint_path()
-        if not (source / "model.safetensors").is_file():
-            raise FileNotFoundError(f"The embedded checkpoint has no weights in {source}. Give another with --model.")
-    elif _looks_like_path(str(source)) and not Path(source).is_dir():
-        raise FileNotFoundError(f"There is no checkpoint folder {source}.")
+    source = find_checkpoint(source, image_checkpoint_path())
     import torch
     import transformers
 
-    from . import exports  # noqa: F401  registers models and pipeline
     from .pipelines.image_denoising import TASK
 
-    bar = transformers.utils.logging.is_progress_bar_enabled()
-    transformers.utils.logging.disable_progress_bar()
-    try:
+    with loading(source):
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         model = transformers.AutoModelForImageToImage.from_pretrained(source)
         return transformers.pipeline(TASK, model=model, image_processor=str(source), device=device)
-    except Exception as error:  # whatever a wrong or broken checkpoint makes the libraries underneath raise
-        where = "the folder" if Path(source).is_dir() else "no such folder here, and from the Hub"
-        raise ValueError(f"Cannot load {str(source)!r} ({where}): {error}") from error
-    finally:
-        if bar:
-            transformers.utils.logging.enable_progress_bar()
 
 
 def read_picture(path: Path) -> "PILImage":
@@ -212,17 +198,13 @@ def denoise_picture(
 # ---- saying ----------------------------------------------------------------------------------------------------
 
 
-def _of_steps(count: int) -> str:
-    return f"{count} step{'s' if count != 1 else ''}"
-
-
 def _about_level(report: ImageDemoReport, noisy: NoisyPicture) -> str:
     best = noisy.best
     text = f"at noise {noisy.level:g}"
     if report.trained_level is not None:
         than = "more than" if noisy.level > report.trained_level else "less than"
         text += " (that of training)" if noisy.level == report.trained_level else f" ({than} in training)"
-    text += f" {_of_steps(best.steps)} {'was' if best.steps == 1 else 'were'} best"
+    text += f" {of_steps(best.steps)} {'was' if best.steps == 1 else 'were'} best"
     trained = next((sample for sample in noisy.samples if sample.steps == report.trained_steps), None)
     if trained is best:
         text += ", as many as in training"
@@ -241,7 +223,7 @@ def verdict(report: ImageDemoReport) -> str:
         losses = " and ".join(f"{best.psnr - last.psnr:.1f}" for best, last in pairs)
         # that it is blur can be seen, and is measured nowhere: of other models nothing of the kind is known
         harm = "blurred the picture" if report.embedded else "led away from the clean picture"
-        text += f"; more steps than that {harm} ({_of_steps(pairs[0][1].steps)}: {losses} dB worse)"
+        text += f"; more steps than that {harm} ({of_steps(pairs[0][1].steps)}: {losses} dB worse)"
         if all(last.energies[-1] < best.energies[-1] for best, last in pairs):
             text += ", though the energy went on falling"
     return text + "."
@@ -257,7 +239,7 @@ def about_results(results: Mapping[str, Any]) -> str:
         runs = [run for protocol in results["dit"]["psnr"][level].values() for run in protocol.items()]
         passes, twin = max(runs, key=lambda run: run[1])
         parts.append(
-            f"noise {level}: {value:.2f} dB with {_of_steps(int(steps))}, the twin {twin:.2f} dB with {passes} "
+            f"noise {level}: {value:.2f} dB with {of_steps(int(steps))}, the twin {twin:.2f} dB with {passes} "
             f"pass{'es' if passes != '1' else ''}"
         )
     return f"Recorded on {results['data']}, for this model and its Diffusion Transformer twin: {'; '.join(parts)}."
@@ -327,7 +309,7 @@ def draw_denoising(
             axes.set(xticks=[], yticks=[])
             axes.spines[:].set_visible(False)
             if row == 0:
-                axes.set_title(_of_steps(int(name)) if name.isdigit() else name, fontsize=10)
+                axes.set_title(of_steps(int(name)) if name.isdigit() else name, fontsize=10)
             if name in values:
                 best = name == str(noisy.best.steps)
                 text = f"{values[name]:.2f} dB" + (", best" if best else "")
@@ -411,19 +393,19 @@ def run_image_demo(
     say(
         f"{'The embedded model' if model is None else model}: {parameters / 1e6:.2f} M parameters, "
         f"{config.num_hidden_layers} layers of width {config.hidden_size}, images of "
-        f"{' x '.join(map(str, config.height_and_width))}, trained to think {_of_steps(report.trained_steps)}"
+        f"{' x '.join(map(str, config.height_and_width))}, trained to think {of_steps(report.trained_steps)}"
         + ("." if report.trained_level is None else f" at noise {report.trained_level:g}.")
     )
     say(f"The picture: {path.name}, {image.width} x {image.height}, in overlapping tiles where larger than those.")
     shown = []
-    with _one_thread():
+    with one_thread():
         for level in tqdm(levels, desc="Denoising", unit="level"):
             found, pictures = denoise_picture(denoiser, image, level, steps, seed)
             report.levels.append(found)
             shown.append(pictures)
     say("\nPSNR to the clean picture (higher is better, * the best), and the mean energy of the tiles:\n")
     say(quality_table(report.levels))
-    say(f"\nThe energy on the way, with {_of_steps(steps[-1])}:\n")
+    say(f"\nThe energy on the way, with {of_steps(steps[-1])}:\n")
     say(energy_table(report.levels))
     say("\n" + verdict(report))
     if recorded := about_results(results):

@@ -32,6 +32,11 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([line(header), line(rule), *map(line, rows)])
 
 
+def of_steps(count: int) -> str:
+    """A number of steps in words."""
+    return f"{count} step{'s' if count != 1 else ''}"
+
+
 def _installed(name: str) -> str:
     try:
         return version(name)
@@ -71,4 +76,4 @@ def environment() -> dict[str, str]:
     return facts
 
 
-__all__ = ["environment", "processor_name", "table", "usable_cores"]
+__all__ = ["environment", "of_steps", "processor_name", "table", "usable_cores"]

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from diffusers import DDPMScheduler
 
-BETA_START, BETA_END = 1e-4, 2e-2  # of the linear schedule with 1000 steps (Ho et al. 2020)
+SCHEDULE_STEPS = 1000  # all the way to pure noise (Ho et al. 2020)
+BETA_START, BETA_END = 1e-4, 2e-2  # of the linear schedule with so many steps
 DIFFUSION_STEPS = 100  # the paper's
 
 
@@ -47,7 +48,7 @@ def noise_scheduler(noise_level: float = 0.1, diffusion_steps: int = DIFFUSION_S
 
     # the small addition undoes what 100 / 0.1 loses to rounding
     total = math.floor(diffusion_steps / noise_level + 1e-6)
-    scale = 1000 / total
+    scale = SCHEDULE_STEPS / total
     if scale * BETA_END >= 1:
         raise ValueError(
             f"{diffusion_steps} steps to a level of {noise_level} are too few: the noise of one step would be all "
@@ -59,4 +60,4 @@ def noise_scheduler(noise_level: float = 0.1, diffusion_steps: int = DIFFUSION_S
     return scheduler, diffusion_steps - 1
 
 
-__all__ = ["DIFFUSION_STEPS", "noise_scheduler"]
+__all__ = ["DIFFUSION_STEPS", "SCHEDULE_STEPS", "noise_scheduler"]

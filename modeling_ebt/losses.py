@@ -1,6 +1,7 @@
 """The training objective: a loss after every step of a descent, and what training makes of them."""
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +16,7 @@ def perplexity(mean_loss: float) -> float:
     return math.exp(mean_loss) if mean_loss < 700 else math.inf
 
 
-class StepLosses:
+class StepLosses(ABC):
     """
     The loss after every thinking step; subclasses say which loss.
 
@@ -27,9 +28,9 @@ class StepLosses:
         self.loss_on_steps = loss_on_steps
         self.losses: list[Tensor] = []
 
+    @abstractmethod
     def __call__(self, state: Tensor) -> Tensor:
         """The loss of one state."""
-        raise NotImplementedError
 
     def record(self, index: int, state: Tensor, energy: Tensor) -> None:
         """Called by the descent after each step."""

@@ -25,9 +25,11 @@ from .outputs import EBTCausalLMOutputWithPast, EBTContext
 from .thinking import (
     Thinking,
     choose_candidate,
+    given_start,
     make_schedule,
     pick_candidate,
     random_generator,
+    random_offsets,
     random_step_sizes,
     resolve_thinking,
 )
@@ -256,26 +258,13 @@ class EBTForCausalLM(EBTGenerationMixin, EBTPreTrainedModel, GenerationMixin):
         vocab, device = self.candidate_embedding.weight.shape[0], self.candidate_embedding.weight.device
         shape = (batch, thinking.candidates, context.position_ids.shape[1], vocab)
         if given is not None:
-            state = given[:, None] if given.dim() == 3 else given
-            if state.dim() == 4 and state.shape[1] > 1 and thinking.candidates == 1 and not self.training:
-                shape = (batch, state.shape[1], *shape[2:])
-            if state.shape != shape:
-                raise ValueError(
-                    f"`initial_candidate` must have shape {shape} (rows, candidates, positions, vocabulary) or leave "
-                    f"out the candidates, got {tuple(given.shape)}."
-                )
-            return state.to(device=device, dtype=torch.float32)
+            return given_start(given, shape, "rows, candidates, positions, vocabulary", self.training).to(device)
         std = float(self.config.candidate_init_std)
         if self.training:
             if thinking.init == "mean":
                 return torch.zeros(shape, device=device)
             return std * standard_normal(shape, None, device, torch.float32)
-        # random starts are shared by all rows and positions: a row's result does not depend on its batch
-        starts = torch.zeros(shape[1], vocab, device=device)
-        first = 1 if thinking.init == "mean" else 0
-        if shape[1] > first:
-            generator = random_generator(thinking, device)
-            starts[first:] = std * standard_normal((shape[1] - first, vocab), generator, device, torch.float32)
+        starts = random_offsets(thinking, (shape[1], vocab), std, device)
         return starts[None, :, None].expand(shape)
 
     def _think(

@@ -21,9 +21,11 @@ from .outputs import EBTImageDenoisingOutput
 from .thinking import (
     Thinking,
     choose_candidate,
+    given_start,
     make_schedule,
     pick_candidate,
     random_generator,
+    random_offsets,
     random_step_sizes,
     resolve_thinking,
 )
@@ -141,14 +143,16 @@ class EBTForImageDenoising(EBTImagePreTrainedModel):
         loss = None
         if losses is not None:
             loss = losses.objective() if self.training else losses(reconstruction)
-        mean_energies = torch.stack([energy.detach().mean() for energy in result.energies[: len(schedule)]])
+        mean_energies = None
+        if self.training:
+            mean_energies = torch.stack([energy.detach().mean() for energy in result.energies[: len(schedule)]])
         return EBTImageDenoisingOutput(
             loss=loss,
             reconstruction=reconstruction,
             energies=energies if output_energies else None,
             steps_taken=pick_candidate(result.steps_taken, chosen)[:, 0],
             step_losses=None if losses is None else losses.stacked(),
-            mean_energies=mean_energies if self.training else None,
+            mean_energies=mean_energies,
             trajectory=pick_candidate(torch.stack(states, dim=2), chosen)[:, 0] if output_trajectory else None,
         )
 
@@ -245,15 +249,8 @@ class EBTForImageDenoising(EBTImagePreTrainedModel):
         """Initial images (B, M, C, H, W) in float32."""
         shape = (len(noisy), thinking.candidates, *noisy.shape[1:])
         if given is not None:
-            state = given[:, None] if given.dim() == 4 else given
-            if state.dim() == 5 and state.shape[1] > 1 and thinking.candidates == 1 and not self.training:
-                shape = (shape[0], state.shape[1], *shape[2:])
-            if state.shape != shape:
-                raise ValueError(
-                    f"`initial_candidate` must have shape {shape} (images, candidates, channels, height, width) or "
-                    f"leave out the candidates, got {tuple(given.shape)}."
-                )
-            return state.to(device=noisy.device, dtype=torch.float32)
+            axes = "images, candidates, channels, height, width"
+            return given_start(given, shape, axes, self.training).to(noisy.device)
         mean = noisy if self.config.candidate_init == "image" else torch.zeros_like(noisy)
         spread = self.config.start_spread
         starts = mean[:, None].expand(shape)
@@ -266,15 +263,7 @@ class EBTForImageDenoising(EBTImagePreTrainedModel):
                 f"All {thinking.candidates} candidates would start at the noisy image and come out the same. Give "
                 "them noise (`thinking_noise_std=0.05`), or use one candidate."
             )
-        # random starts are shared by all rows: an image's result does not depend on its batch
-        first = 1 if thinking.init == "mean" else 0
-        if spread > 0 and shape[1] > first:
-            offsets = torch.zeros(shape[1:], device=noisy.device)
-            generator = random_generator(thinking, noisy.device)
-            drawn = standard_normal((shape[1] - first, *shape[2:]), generator, noisy.device, torch.float32)
-            offsets[first:] = spread * drawn
-            starts = starts + offsets
-        return starts
+        return starts if spread == 0 else starts + random_offsets(thinking, shape[1:], spread, noisy.device)
 
     def _think(
         self,

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .base_ebt import EBTBaseConfig
-from .descent import DescentOutput, DescentStep
+from .descent import DescentOutput, DescentStep, standard_normal
 from .thinking_ebt import ThinkingConfig
 
 
@@ -122,6 +122,50 @@ def random_step_sizes(config: EBTBaseConfig, step_size: Tensor, shape: tuple[int
     return step_size * (1 / spread + torch.rand(shape, device=step_size.device) * (spread - 1 / spread))
 
 
+def given_start(given: Tensor, shape: tuple[int, ...], axes: str, training: bool) -> Tensor:
+    """
+    An `initial_candidate` with its dimension of candidates, in float32.
+
+    Args:
+        given (`Tensor`): of `shape`, or without candidates; in evaluation it may bring several where one was asked for.
+        shape (`tuple[int, ...]`): `(B, M, ...)`.
+        axes (`str`): the names of its dimensions.
+        training (`bool`): whether the model is in training mode.
+
+    Raises:
+        ValueError: for another shape.
+    """
+    state = given[:, None] if given.dim() == len(shape) - 1 else given
+    if state.dim() == len(shape) and state.shape[1] > 1 and shape[1] == 1 and not training:
+        shape = (shape[0], state.shape[1], *shape[2:])
+    if state.shape != shape:
+        raise ValueError(
+            f"`initial_candidate` must have shape {shape} ({axes}) or leave out the candidates, got "
+            f"{tuple(given.shape)}."
+        )
+    return state.float()
+
+
+def random_offsets(thinking: Thinking, shape: tuple[int, ...], spread: float, device: torch.device) -> Tensor:
+    """
+    How far from the mean start every candidate starts in evaluation; shared by all rows and positions, so that a row's
+    result does not depend on its batch.
+
+    Args:
+        thinking ([`Thinking`]): with `init="mean"` the first candidate stays at the mean.
+        shape (`tuple[int, ...]`): `(M, ...)`.
+        spread (`float`): standard deviation.
+        device (`torch.device`): where to.
+    """
+    offsets = torch.zeros(shape, device=device)
+    first = 1 if thinking.init == "mean" else 0
+    if spread > 0 and shape[0] > first:
+        generator = random_generator(thinking, device)
+        drawn = standard_normal((shape[0] - first, *shape[1:]), generator, device, torch.float32)
+        offsets[first:] = spread * drawn
+    return offsets
+
+
 def make_schedule(thinking: Thinking, step_size: Tensor) -> list[DescentStep]:
     """
     One [`DescentStep`] for every thinking step.
@@ -180,9 +224,11 @@ def random_generator(thinking: Thinking, device: torch.device, offset: int = 0) 
 __all__ = [
     "Thinking",
     "choose_candidate",
+    "given_start",
     "make_schedule",
     "pick_candidate",
     "random_generator",
+    "random_offsets",
     "random_step_sizes",
     "resolve_thinking",
 ]

@@ -13,14 +13,13 @@ from torch.nn import functional as F
 from transformers.utils import ModelOutput
 
 from ..configuration import EBTImageConfig
-from ..configuration.noise_ebt import noise_scheduler
+from ..configuration.noise_ebt import SCHEDULE_STEPS, noise_scheduler
 from ..configuration.twins import dit_twin_config
 
 
 if TYPE_CHECKING:
     from diffusers import DDPMScheduler, DiTTransformer2DModel
 
-SCHEDULE_STEPS = 1000
 PAPER_TIMESTEPS = 100
 
 

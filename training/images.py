@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..configuration.noise_ebt import noise_scheduler
+from ..configuration.noise_ebt import SCHEDULE_STEPS, noise_scheduler
 from ..modeling_ebt.latents import encode
 from .data import SPLITS
 
@@ -33,7 +33,6 @@ PIL_MODES = {1: "L", 3: "RGB"}
 MEMORY_BUDGET = 2.0  # GB of decoded images; CIFAR-10 takes 0.15, 100,000 images of 64 x 64 take 1.2
 SPLIT_SEED = 0  # every run holds out the same images, whatever its own seed
 EVALUATION_SEED = 0  # and sees them with the same noise
-SCHEDULE_STEPS = 1000
 _AUGMENTATION, _NOISE = 1, 2
 
 
