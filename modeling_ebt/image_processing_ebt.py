@@ -24,6 +24,7 @@ if is_vision_available():
 
 BICUBIC = 3  # PIL.Image.Resampling.BICUBIC, known without PIL
 OUTPUT_TYPES = ("pil", "np", "pt")
+IMAGE_COLUMNS = ("image", "img", "images", "pixel_values")  # what data sets call the column with the images
 LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)  # what PIL makes grey of a colour with (ITU-R 601-2)
 SLACK = 1e-4  # a float image may leave 0..1 by what arithmetic does to it
 LARGEST_16_BIT = 65535

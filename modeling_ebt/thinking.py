@@ -127,7 +127,8 @@ def given_start(given: Tensor, shape: tuple[int, ...], axes: str, training: bool
     An `initial_candidate` with its dimension of candidates, in float32.
 
     Args:
-        given (`Tensor`): of `shape`, or without candidates; in evaluation it may bring several where one was asked for.
+        given (`Tensor`): of `shape`, or without candidates; in evaluation it may bring several where one was asked
+            for.
         shape (`tuple[int, ...]`): `(B, M, ...)`.
         axes (`str`): the names of its dimensions.
         training (`bool`): whether the model is in training mode.

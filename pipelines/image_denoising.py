@@ -21,7 +21,7 @@ from transformers.utils.logging import tqdm
 
 from ..configuration import FLAT_THINKING_NAMES, ThinkingConfig
 from ..configuration.noise_ebt import noise_scheduler
-from ..modeling_ebt.image_processing_ebt import OUTPUT_TYPES, EBTImageProcessor
+from ..modeling_ebt.image_processing_ebt import IMAGE_COLUMNS, OUTPUT_TYPES, EBTImageProcessor
 from ..modeling_ebt.latents import decode, encode, load_vae, need_diffusers, vae_scale_factor
 from .image_tiles import Canvas, Tiling
 
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 TASK = "image-denoising"
 HALF_RANGE = 127.5  # 0..255 to -1..1
 LONG_LIST = 10  # longer ones show a progress bar
-COLUMNS = ("image", "img", "images", "pixel_values")  # of a dataset's rows
 FORWARD_OPTIONS = (
     "add_noise_level",
     "noise_seed",
@@ -395,9 +394,11 @@ class ImageDenoisingPipeline(Pipeline):
     def preprocess(self, image: Any) -> dict[str, Any]:
         """A picture as the model's input, with its size before the padding."""
         if isinstance(image, Mapping):
-            column = next((name for name in COLUMNS if name in image), None)
+            column = next((name for name in IMAGE_COLUMNS if name in image), None)
             if column is None:
-                raise ValueError(f"A row of the dataset has no image: it has {', '.join(image)}, not {COLUMNS[0]}.")
+                raise ValueError(
+                    f"A row of the dataset has no image: it has {', '.join(image)}, not {IMAGE_COLUMNS[0]}."
+                )
             image = image[column]
         # a model knows its own patches, whatever a processor saved elsewhere says
         multiple = self.model.config.patch_size * self._unit

@@ -555,6 +555,8 @@ def test_the_script_trains_evaluates_saves_and_goes_on(command, capsys):
     out = command(f"{options} --max_steps 3")
     results = json.loads((out / "all_results.json").read_text())
     shown = capsys.readouterr().out
+    evaluated = json.loads((out / "eval_results.json").read_text())
+    assert {"eval_loss", "eval_psnr", "eval_target_energy"} <= set(evaluated) <= set(results)
     assert f"PSNR {results['eval_psnr']:.3f} dB" in shown and "train: 23 images, 8 x 8, decoded in memory" in shown
     model = AutoModelForImageToImage.from_pretrained(out)
     assert isinstance(model, EBTForImageDenoising) and model.config.step_size == 30

@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..configuration.noise_ebt import SCHEDULE_STEPS, noise_scheduler
+from ..modeling_ebt.image_processing_ebt import IMAGE_COLUMNS
 from ..modeling_ebt.latents import encode
 from .data import SPLITS
 
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
 
 IMAGE_ENDINGS = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 TABLE_ENDING = ".parquet"
-USUAL_COLUMNS = ("image", "img", "images", "pixel_values")
 PIL_MODES = {1: "L", 3: "RGB"}
 MEMORY_BUDGET = 2.0  # GB of decoded images; CIFAR-10 takes 0.15, 100,000 images of 64 x 64 take 1.2
 SPLIT_SEED = 0  # every run holds out the same images, whatever its own seed
@@ -147,7 +147,7 @@ def select_images(source: "datasets.Dataset", column: str | None = None) -> "dat
     names = list(source.column_names)
     images = [name for name in names if isinstance(source.features[name], library.Image)]
     if column is None:
-        usual = [name for name in USUAL_COLUMNS if name in (images or names)]
+        usual = [name for name in IMAGE_COLUMNS if name in (images or names)]
         if len(images) != 1 and not usual:
             raise ValueError(f"Name the column with the images: `image_column`. Columns: {', '.join(names)}.")
         column = images[0] if len(images) == 1 else usual[0]

@@ -22,9 +22,13 @@ from .script import (
     Refusal,
     RunArguments,
     as_flags,
+    check_architecture_options,
+    check_counts,
     check_same_model,
     finished_weights,
+    given_data_files,
     given_options,
+    own_fields,
     parse_command_line,
     parse_overrides,
     refusing_bad_values,
@@ -181,24 +185,8 @@ def _training_class() -> "type[EBTTrainingArguments]":
 
 def _check_arguments(model: ModelArguments, data: DataArguments, training: "EBTTrainingArguments") -> None:
     """Refuses combinations of which one half would be ignored."""
-    if model.model_name_or_path is not None:
-        unused = given_options(model, ("preset", "twin", "config_overrides", *EBT_ONLY))
-        if unused:
-            raise Refusal(
-                f"{as_flags(unused)} would change the architecture of {model.model_name_or_path}, which is trained "
-                "further as it is. Leave them out, or leave --model_name_or_path out for a new model."
-            )
-    if model.twin:
-        unused = given_options(model, EBT_ONLY)
-        if training.step_size_lr_multiplier is not None:
-            unused.append("step_size_lr_multiplier")
-        if unused:
-            raise Refusal(
-                f"{as_flags(unused)} means nothing to the twin, which does not think. Leave out one or the other."
-            )
-    files = given_options(data, ("train_file", "validation_file", "test_file"))
-    if data.dataset_name is not None and files:
-        raise Refusal(f"--dataset_name and {as_flags(files)} both name the data. Give one of them.")
+    check_architecture_options(model, training, ("preset", "twin", "config_overrides", *EBT_ONLY), EBT_ONLY)
+    files = given_data_files(data)
     if files and data.train_file is None:
         raise Refusal(f"{as_flags(files)} needs --train_file.")
     if data.dataset_config_name is not None and data.dataset_name is None:
@@ -209,10 +197,7 @@ def _check_arguments(model: ModelArguments, data: DataArguments, training: "EBTT
         raise Refusal("--shuffle_buffer_size needs --streaming; otherwise all rows are shuffled.")
     if data.streaming and data.preprocessing_num_workers is not None:
         raise Refusal("--preprocessing_num_workers does nothing with --streaming; use --dataloader_num_workers.")
-    for name in ("max_train_samples", "max_eval_samples", "preprocessing_num_workers"):
-        value = getattr(data, name)
-        if value is not None and value < 1:
-            raise Refusal(f"--{name} must be at least 1, got {value}.")
+    check_counts(data, "max_train_samples", "max_eval_samples", "preprocessing_num_workers")
     if data.streaming and training.max_steps <= 0:
         raise Refusal("A stream has no known end: say how long to train with --max_steps.")
 
@@ -242,10 +227,7 @@ def _new_config(
     }
     if model.twin:
         return transformer_pp_config(preset, **{**values, **overrides})
-    own = {name: getattr(model, name) for name in EBT_ONLY if getattr(model, name) is not None}
-    both = sorted(set(own) & set(overrides))
-    if both:
-        raise Refusal(f"{as_flags(both)} is also in --config_overrides. Give it once.")
+    own = own_fields(model, EBT_ONLY, overrides)
     return EBTConfig.from_preset(preset, recipe=training.recipe, **{**values, **own, **overrides})
 
 

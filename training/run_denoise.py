@@ -22,10 +22,12 @@ from typing import TYPE_CHECKING, Any
 from .script import (
     Refusal,
     RunArguments,
-    as_flags,
+    check_architecture_options,
+    check_counts,
     check_same_model,
     finished_weights,
-    given_options,
+    given_data_files,
+    own_fields,
     parse_command_line,
     parse_overrides,
     refusing_bad_values,
@@ -213,23 +215,9 @@ def _check_arguments(
     model: ModelArguments, data: DataArguments, noise: NoiseArguments, training: "EBTImageTrainingArguments"
 ) -> None:
     """Refuses combinations of which one half would be ignored."""
-    if model.model_name_or_path is not None:
-        unused = given_options(model, ("preset", "twin", "config_overrides", *SHAPE, *EBT_ONLY, "vae_name_or_path"))
-        if unused:
-            raise Refusal(
-                f"{as_flags(unused)} would change the architecture of {model.model_name_or_path}, which is trained "
-                "further as it is. Leave them out, or leave --model_name_or_path out for a new model."
-            )
+    of_new = ("preset", "twin", "config_overrides", *SHAPE, *EBT_ONLY, "vae_name_or_path")
+    check_architecture_options(model, training, of_new, EBT_ONLY)
     if model.twin:
-        unused = given_options(model, EBT_ONLY)
-        if training.step_size_lr_multiplier is not None:
-            unused.append("step_size_lr_multiplier")
-        if training.recipe != "s1":
-            unused.append("recipe")
-        if unused:
-            raise Refusal(
-                f"{as_flags(unused)} means nothing to the twin, which does not think. Leave out one or the other."
-            )
         if noise.random_noise_level is not None:
             raise Refusal(
                 "--random_noise_level means nothing to the twin, which is trained on every level up to the highest. "
@@ -245,9 +233,7 @@ def _check_arguments(
         value = getattr(noise, name)
         if value is not None and not 0 < value <= 1:
             raise Refusal(f"--{name} must be above 0 and at most 1, got {value}.")
-    files = given_options(data, ("train_file", "validation_file", "test_file"))
-    if data.dataset_name is not None and files:
-        raise Refusal(f"--dataset_name and {as_flags(files)} both name the data. Give one of them.")
+    given_data_files(data)
     if data.dataset_name is None and data.train_file is None:
         raise Refusal(
             "Say which images to train on: --train_file with .parquet files, image files, patterns or folders, or "
@@ -255,10 +241,7 @@ def _check_arguments(
         )
     if data.dataset_config_name is not None and data.dataset_name is None:
         raise Refusal("--dataset_config_name needs --dataset_name.")
-    for name in ("max_train_samples", "max_eval_samples"):
-        value = getattr(data, name)
-        if value is not None and value < 1:
-            raise Refusal(f"--{name} must be at least 1, got {value}.")
+    check_counts(data, "max_train_samples", "max_eval_samples")
     if data.resize_to is not None and data.resize_to < 0:
         raise Refusal(f"--resize_to must be at least 0, got {data.resize_to}.")
     if data.image_memory < 0:
@@ -287,11 +270,7 @@ def _new_config(model: ModelArguments, training: "EBTImageTrainingArguments", va
     from ..modeling_ebt.latents import vae_scale_factor
 
     overrides = parse_overrides(model.config_overrides, EBTImageConfig)
-    names = (*SHAPE, *EBT_ONLY, "vae_name_or_path")
-    own = {name: getattr(model, name) for name in names if getattr(model, name) is not None}
-    both = sorted(set(own) & set(overrides))
-    if both:
-        raise Refusal(f"{as_flags(both)} is also in --config_overrides. Give it once.")
+    own = own_fields(model, (*SHAPE, *EBT_ONLY, "vae_name_or_path"), overrides)
     foreign = sorted(set(overrides) - set(TWIN_FIELDS)) if model.twin else []
     if foreign:
         raise Refusal(

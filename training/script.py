@@ -104,6 +104,53 @@ def as_flags(names: list[str]) -> str:
     return ", ".join(f"--{name}" for name in names)
 
 
+def check_architecture_options(
+    model: Any, training: "EBTTrainingArguments", of_new: tuple[str, ...], of_ebt: tuple[str, ...]
+) -> None:
+    """
+    Refuses options of the architecture that would be ignored: of a model trained further, and of an EBT for its twin.
+
+    Args:
+        model: the options, with `model_name_or_path` and `twin`.
+        training ([`EBTTrainingArguments`]): the options of training.
+        of_new (`tuple[str, ...]`): names of those that describe a new model.
+        of_ebt (`tuple[str, ...]`): of these, names of those that mean nothing to the twin.
+    """
+    if model.model_name_or_path is not None:
+        unused = given_options(model, of_new)
+        if unused:
+            raise Refusal(
+                f"{as_flags(unused)} would change the architecture of {model.model_name_or_path}, which is trained "
+                "further as it is. Leave them out, or leave --model_name_or_path out for a new model."
+            )
+    if model.twin:
+        unused = given_options(model, of_ebt)
+        if training.step_size_lr_multiplier is not None:
+            unused.append("step_size_lr_multiplier")
+        if training.recipe != "s1":
+            unused.append("recipe")
+        if unused:
+            raise Refusal(
+                f"{as_flags(unused)} means nothing to the twin, which does not think. Leave out one or the other."
+            )
+
+
+def given_data_files(data: Any) -> list[str]:
+    """Which of the options with files are given; refuses them beside `--dataset_name`."""
+    files = given_options(data, ("train_file", "validation_file", "test_file"))
+    if data.dataset_name is not None and files:
+        raise Refusal(f"--dataset_name and {as_flags(files)} both name the data. Give one of them.")
+    return files
+
+
+def check_counts(data: Any, *names: str) -> None:
+    """Refuses counts below 1."""
+    for name in names:
+        value = getattr(data, name)
+        if value is not None and value < 1:
+            raise Refusal(f"--{name} must be at least 1, got {value}.")
+
+
 def wanted_phases(argv: list[str], training: "EBTTrainingArguments") -> tuple[bool, bool, bool]:
     """Train, validate, test: all, unless some of --do_train, --do_eval, --do_predict are given."""
     # --eval_strategy switches do_eval on by itself, so only the command line tells what was asked for
@@ -220,13 +267,26 @@ def parse_overrides(text: str | None, config_class: type["PreTrainedConfig"]) ->
     return values
 
 
+def own_fields(model: Any, names: tuple[str, ...], overrides: dict[str, Any]) -> dict[str, Any]:
+    """Config fields that have options of their own and were given; refuses those that are overridden as well."""
+    own = {name: getattr(model, name) for name in names if getattr(model, name) is not None}
+    both = sorted(set(own) & set(overrides))
+    if both:
+        raise Refusal(f"{as_flags(both)} is also in --config_overrides. Give it once.")
+    return own
+
+
 __all__ = [
     "Refusal",
     "RunArguments",
     "as_flags",
+    "check_architecture_options",
+    "check_counts",
     "check_same_model",
     "finished_weights",
+    "given_data_files",
     "given_options",
+    "own_fields",
     "parse_command_line",
     "parse_overrides",
     "refusing_bad_values",
