@@ -74,17 +74,11 @@ class DemoArguments:
 
 
 @dataclass
-class GenerateArguments:
-    """Continues a text, thinking about every token."""
+class ThinkingArguments:
+    """How long and how to think about a token, or about a picture."""
 
-    model: str | None = field(
-        default=None, metadata={"help": "Checkpoint: a folder or a Hub id. Default: the embedded one."}
-    )
-    max_new_tokens: int | None = field(
-        default=None, metadata={"help": "How many tokens to generate at most. Default: 100, or what fits the context."}
-    )
     thinking_steps: int | None = field(
-        default=None, metadata={"help": "Thinking steps per token. Default of this and the next: the checkpoint's."}
+        default=None, metadata={"help": "Thinking steps for each. Default of this and the next: the checkpoint's."}
     )
     thinking_candidates: int | None = field(
         default=None, metadata={"help": "Candidates descended side by side; the best is kept."}
@@ -93,17 +87,29 @@ class GenerateArguments:
         default=None, metadata={"help": "How the best is chosen: min_energy, max_gap or max_energy."}
     )
     thinking_step_size_scale: float | None = field(default=None, metadata={"help": "Factor on the step size."})
-    thinking_noise_std: float | None = field(default=None, metadata={"help": "Noise before every step."})
+    thinking_noise_std: float | None = field(default=None, metadata={"help": "Noise before every thinking step."})
     thinking_tolerance: float | None = field(
-        default=None, metadata={"help": "Stop thinking about a token when its energy changes by no more than this."}
+        default=None, metadata={"help": "Stop thinking about one when its energy changes by no more than this."}
     )
     thinking_target_energy: float | None = field(
-        default=None, metadata={"help": "Stop thinking about a token when its energy is at most this."}
+        default=None, metadata={"help": "Stop thinking about one when its energy is at most this."}
     )
     thinking_accept_only_lower_energy: bool = field(
         default=False, metadata={"help": "Take a step only where it lowers the energy."}
     )
     thinking_seed: int | None = field(default=None, metadata={"help": "Seed of random candidates and noise."})
+
+
+@dataclass
+class GenerateArguments(ThinkingArguments):
+    """Continues a text, thinking about every token."""
+
+    model: str | None = field(
+        default=None, metadata={"help": "Checkpoint: a folder or a Hub id. Default: the embedded one."}
+    )
+    max_new_tokens: int | None = field(
+        default=None, metadata={"help": "How many tokens to generate at most. Default: 100, or what fits the context."}
+    )
     sample: bool = field(default=False, metadata={"help": "Sample tokens instead of taking the likeliest."})
     temperature: float | None = field(default=None, metadata={"help": "Temperature, with --sample."})
     top_k: int | None = field(default=None, metadata={"help": "Sample from the so many likeliest, with --sample."})
@@ -177,7 +183,7 @@ def _check_generate(arguments: GenerateArguments) -> None:
             raise ValueError(f"--{ignored[0]} has an effect with --sample only.")
 
 
-def _thinking_options(arguments: "GenerateArguments | DenoiseArguments", model: "PreTrainedModel") -> dict[str, Any]:
+def _thinking_options(arguments: ThinkingArguments, model: "PreTrainedModel") -> dict[str, Any]:
     options = {name: value for name, value in vars(arguments).items() if name.startswith(THINKING)}
     options = {name: value for name, value in options.items() if value is not None and value is not False}
     if options and not hasattr(model, "energy"):
@@ -244,32 +250,11 @@ def _print_energies(tokens: list[dict[str, Any]]) -> None:
 
 
 @dataclass
-class DenoiseArguments:
+class DenoiseArguments(ThinkingArguments):
     """Denoises pictures, thinking about each, and writes them as PNG files."""
 
     model: str | None = field(default=None, metadata={"help": "Checkpoint: a folder or a Hub id. Needed."})
     output_dir: str = field(default="denoised", metadata={"help": "Where the denoised pictures go."})
-    thinking_steps: int | None = field(
-        default=None, metadata={"help": "Thinking steps per picture. Default of this and the next: the checkpoint's."}
-    )
-    thinking_candidates: int | None = field(
-        default=None, metadata={"help": "Candidates descended side by side; the best is kept."}
-    )
-    thinking_selection: str | None = field(
-        default=None, metadata={"help": "How the best is chosen: min_energy, max_gap or max_energy."}
-    )
-    thinking_step_size_scale: float | None = field(default=None, metadata={"help": "Factor on the step size."})
-    thinking_noise_std: float | None = field(default=None, metadata={"help": "Noise before every thinking step."})
-    thinking_tolerance: float | None = field(
-        default=None, metadata={"help": "Stop when the energy of a picture changes by no more than this."}
-    )
-    thinking_target_energy: float | None = field(
-        default=None, metadata={"help": "Stop thinking about a picture when its energy is at most this."}
-    )
-    thinking_accept_only_lower_energy: bool = field(
-        default=False, metadata={"help": "Take a step only where it lowers the energy."}
-    )
-    thinking_seed: int | None = field(default=None, metadata={"help": "Seed of random candidates and noise."})
     noise_std: float | None = field(
         default=None,
         metadata={"help": "Strength of the noise the pictures have, as a standard deviation in units of 0 to 255."},
