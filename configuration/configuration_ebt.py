@@ -103,6 +103,7 @@ class EBTConfig(EBTBaseConfig):
         "mean_energies",
         "hidden_states",
         "attentions",
+        "trajectory",
     ]
 
     vocab_size: int = 50277

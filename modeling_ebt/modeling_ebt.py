@@ -5,6 +5,7 @@ Shapes: ``B`` rows, ``S`` new context tokens, ``T`` positions thought about, ``M
 ``V`` vocabulary, ``D`` width, ``K`` landscapes or steps.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -96,6 +97,7 @@ class EBTForCausalLM(EBTGenerationMixin, EBTPreTrainedModel, GenerationMixin):
         thinking: ThinkingConfig | dict[str, Any] | None = None,
         initial_candidate: Tensor | None = None,
         output_energies: bool | None = None,
+        output_trajectory: bool | None = None,
         **kwargs: Any,
     ) -> EBTCausalLMOutputWithPast:
         """
@@ -118,6 +120,8 @@ class EBTForCausalLM(EBTGenerationMixin, EBTPreTrainedModel, GenerationMixin):
                 from.
             output_energies (`bool`, *optional*): return `energies`, the last being that of the returned logits (one
                 more forward of the candidate stream).
+            output_trajectory (`bool`, *optional*): return `trajectory`, the logits after every step: `K + 1` times the
+                memory of `logits`, so best with `logits_to_keep`.
             kwargs: `num_items_in_batch` and `shift_labels` for the loss.
 
         Returns:
@@ -159,7 +163,16 @@ class EBTForCausalLM(EBTGenerationMixin, EBTPreTrainedModel, GenerationMixin):
         if targets is not None:
             check_labels(targets, (batch, state.shape[2]), state.shape[-1])
             losses = TextStepLosses(self, labels, self.config.loss_on_steps, kwargs)
-        result = self._think(state, context, schedule, resolved, bool(output_energies), losses)
+        single = state.shape[1] == 1
+        states: list[Tensor] = [state.flatten(1, 2)] if output_trajectory else []
+
+        def on_step(index: int, state: Tensor, energy: Tensor) -> None:
+            if losses is not None and single:
+                losses.record(index, state, energy)
+            if output_trajectory:
+                states.append(state.detach())
+
+        result = self._think(state, context, schedule, resolved, bool(output_energies), on_step)
         if not self.training:
             check_energies(result.energies[-1], schedule[-1].step_size)
         chosen = choose_candidate(result, resolved.selection, state.shape[1])
@@ -174,6 +187,7 @@ class EBTForCausalLM(EBTGenerationMixin, EBTPreTrainedModel, GenerationMixin):
             steps_taken=pick_candidate(result.steps_taken, chosen),
             step_losses=None if losses is None else losses.stacked(),
             mean_energies=_mean_energies(result, len(schedule), losses) if self.training else None,
+            trajectory=pick_candidate(torch.stack(states, dim=2), chosen) if output_trajectory else None,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
@@ -274,7 +288,7 @@ class EBTForCausalLM(EBTGenerationMixin, EBTPreTrainedModel, GenerationMixin):
         schedule: list[DescentStep],
         thinking: Thinking,
         output_energies: bool,
-        losses: TextStepLosses | None,
+        on_step: Callable[[int, Tensor, Tensor], None],
     ) -> DescentOutput:
         """Descends all candidates of all positions at once; states are (B, N, V), candidate-major."""
         candidates = state.shape[1]
@@ -303,7 +317,7 @@ class EBTForCausalLM(EBTGenerationMixin, EBTPreTrainedModel, GenerationMixin):
             final_energy=output_energies or candidates > 1,
             generator=random_generator(thinking, state.device, position),
             checkpoint=self._gradient_checkpointing_func if learning and self.gradient_checkpointing else None,
-            on_step=losses.record if losses is not None and candidates == 1 else None,
+            on_step=on_step,
         )
 
     @staticmethod

@@ -93,6 +93,8 @@ class EBTCausalLMOutputWithPast(ModelOutput):
         hidden_states (`tuple` of `(B, S, D)`, *optional*): context stream on its last landscape, embeddings first.
         attentions (`tuple` of `(B, H, S, C)`, *optional*):
             Context attention on its last landscape (eager only), the column of a step token in front included.
+        trajectory (`torch.FloatTensor` of shape `(B, T, K + 1, V)`, *optional*):
+            With `output_trajectory=True`: the chosen candidate's logits at the start and after every step.
     """
 
     loss: torch.Tensor | None = None
@@ -104,6 +106,7 @@ class EBTCausalLMOutputWithPast(ModelOutput):
     past_key_values: Cache | None = None
     hidden_states: tuple[torch.Tensor, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
+    trajectory: torch.Tensor | None = None
 
 
 @dataclass

@@ -412,6 +412,31 @@ def test_energies_are_absent_unless_asked_for(make_model: MakeModel) -> None:
         assert make_model()(input_ids=tokens(1, 4)).energies is None
 
 
+def test_the_trajectory_is_that_of_fewer_steps_and_has_the_reported_energies(any_model: EBTForCausalLM) -> None:
+    ids = tokens(2, 5)
+    with torch.no_grad():
+        output = any_model(ids, output_energies=True, output_trajectory=True, thinking_steps=4)
+        for steps in range(1, 5):
+            assert_close(output.trajectory[:, :, steps], any_model(ids, thinking_steps=steps).logits, **CLOSE)
+        last = any_model.config.num_landscapes - 1
+        for index in range(5):
+            probs = output.trajectory[:, :, index].softmax(-1)
+            expected = any_model.energy(ids, candidate_probs=probs, landscape=min(index, last))
+            assert_close(output.energies[..., index], expected, **CLOSE)
+        assert any_model(ids).trajectory is None
+    assert torch.equal(output.trajectory[:, :, -1], output.logits)
+    assert not output.trajectory[:, :, 0].any()
+
+
+def test_the_trajectory_is_that_of_the_chosen_candidate(any_model: EBTForCausalLM) -> None:
+    ids, options = tokens(2, 5), {"thinking_candidates": 3, "thinking_steps": 3, "thinking_init": "normal"}
+    with torch.no_grad():
+        output = any_model(ids, output_trajectory=True, **options)
+        alone = any_model(ids, initial_candidate=output.trajectory[:, :, 0], output_trajectory=True, thinking_steps=3)
+    assert_close(output.trajectory, alone.trajectory, **CLOSE)
+    assert torch.equal(output.trajectory[:, :, -1], output.logits)
+
+
 def test_the_base_model_gives_hidden_states_and_scores_candidates(any_model: EBTForCausalLM) -> None:
     base, ids = any_model.model, tokens(2, 5)
     with torch.no_grad():
