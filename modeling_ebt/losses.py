@@ -38,7 +38,7 @@ class StepLosses(ABC):
 
     def objective(self) -> Tensor:
         """What training minimises."""
-        return torch.stack(self.losses).mean() if self.loss_on_steps == "all" else self.losses[-1]
+        return torch.stack(self.losses).mean(0) if self.loss_on_steps == "all" else self.losses[-1]
 
     def stacked(self) -> Tensor | None:
         """The loss after each step (K,), detached; None when none was recorded."""
@@ -53,7 +53,11 @@ class TextStepLosses(StepLosses):
         model (`PreTrainedModel`): whose `loss_function` is used.
         labels (`Tensor` of shape `(B, T)`, *optional*): tokens, shifted by the loss, -100 ignored.
         loss_on_steps (`str`): see [`StepLosses`].
-        kwargs (`dict`): `num_items_in_batch` and `shift_labels` of the loss.
+        kwargs (`dict`): `num_items_in_batch`, `shift_labels` and `loss_reduction` of the loss; the last is `"mean"`
+            (default) or `"none"`, which keeps the losses of all tokens apart, `(B, T)`.
+
+    Raises:
+        ValueError: for another `loss_reduction`, or one that contradicts `num_items_in_batch`.
     """
 
     def __init__(
@@ -62,18 +66,35 @@ class TextStepLosses(StepLosses):
         super().__init__(loss_on_steps)
         self.model = model
         self.labels = labels
-        self.kwargs = kwargs
+        reduction = kwargs.get("loss_reduction") or "mean"
+        if reduction not in ("mean", "none"):
+            raise ValueError(f"`loss_reduction` must be 'mean' or 'none', got {reduction!r}.")
+        self.by_token = reduction == "none"
+        if self.by_token and kwargs.get("num_items_in_batch") is not None:
+            raise ValueError(
+                "`num_items_in_batch` divides a sum, and `loss_reduction='none'` has none. Give one of them."
+            )
+        self.kwargs = {name: value for name, value in kwargs.items() if name != "loss_reduction"}
 
     def __call__(self, state: Tensor) -> Tensor:
-        """Cross-entropy of logits (B, T, V)."""
+        """Cross-entropy of logits (B, T, V): a mean, or (B, T) by token."""
+        if self.by_token:
+            targets = self.targets().to(state.device)
+            return F.cross_entropy(state.float().flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
         return self.model.loss_function(logits=state, labels=self.labels, vocab_size=state.shape[-1], **self.kwargs)
+
+    def targets(self) -> Tensor:
+        """The token that every position should predict, (B, T), or -100."""
+        shifted: Tensor | None = self.kwargs.get("shift_labels")
+        if shifted is None:
+            assert self.labels is not None  # there are no losses without either
+            shifted = F.pad(self.labels, (0, 1), value=-100)[..., 1:]
+        return shifted
 
     def labelled(self, shape: torch.Size) -> Tensor | None:
         """Which positions have a label, (B, T); None when the logits cover other positions than the labels."""
-        labels: Tensor | None = self.kwargs.get("shift_labels")
-        if labels is None and self.labels is not None:
-            labels = F.pad(self.labels, (0, 1), value=-100)[..., 1:]
-        return (labels != -100) if labels is not None and labels.shape == shape else None
+        targets = self.targets()
+        return (targets != -100) if targets.shape == shape else None
 
 
 RECONSTRUCTIONS: dict[str, Callable[..., Tensor]] = {

@@ -4,8 +4,37 @@ import torch
 from torch import Tensor
 
 
+def packed_texts(position_ids: Tensor) -> Tensor | None:
+    """
+    Which text of a packed row every token belongs to: a text begins where positions do not go on.
+
+    Args:
+        position_ids (`torch.LongTensor` of shape `(B or 1, S)`): positions, counted from 0 in every text.
+
+    Returns:
+        `torch.LongTensor` of shape `(B or 1, S)`, the texts of a row numbered from 0; None where every row is one text.
+    """
+    begins = position_ids[:, 1:] != position_ids[:, :-1] + 1
+    if not torch.compiler.is_compiling() and not bool(begins.any()):
+        return None
+    return torch.nn.functional.pad(begins.cumsum(-1), (1, 0))
+
+
+def longest_text(texts: Tensor) -> int:
+    """Tokens of the longest of the texts that [`packed_texts`] found."""
+    if torch.compiler.is_compiling():  # checks look at no values then
+        return 1
+    rows = torch.arange(texts.shape[0], device=texts.device)[:, None] * texts.shape[1]
+    return int((texts + rows).unique(return_counts=True)[1].max())
+
+
 def visible_columns(
-    attention_mask: Tensor | None, query_length: int, key_length: int, past_length: int, device: torch.device
+    attention_mask: Tensor | None,
+    query_length: int,
+    key_length: int,
+    past_length: int,
+    device: torch.device,
+    texts: Tensor | None = None,
 ) -> Tensor:
     """
     Which context tokens each new position sees.
@@ -15,6 +44,8 @@ def visible_columns(
             `(B, 1, S, C)` mask, boolean or additive.
         query_length, key_length, past_length (`int`): new tokens [S], key columns [C], cached tokens.
         device (`torch.device`): where to build it.
+        texts (`Tensor` of shape `(B or 1, S)`, *optional*): several texts in a row, see [`packed_texts`]; a token sees
+            its own text only. Needs an empty past.
 
     Returns:
         Boolean `(B or 1, 1, S, C)`, True where visible.
@@ -25,6 +56,8 @@ def visible_columns(
     columns = torch.arange(key_length, device=device)
     rows = torch.arange(query_length, device=device) + past_length
     visible = (columns[None, :] <= rows[:, None])[None, None]
+    if texts is not None:
+        visible = visible & (texts[:, None, :, None] == texts[:, None, None, :])
     if attention_mask is None:
         return visible
     tokens = attention_mask.to(device=device, dtype=torch.bool)
@@ -71,6 +104,8 @@ def positions_from_mask(
 
 __all__ = [
     "additive",
+    "longest_text",
+    "packed_texts",
     "positions_from_mask",
     "visible_columns",
     "with_own_column",

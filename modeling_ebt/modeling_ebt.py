@@ -35,10 +35,11 @@ from .thinking import (
     resolve_thinking,
 )
 from .thinking_ebt import ThinkingConfig
+from .token_scores import EBTTokenScoresMixin
 from .transformer import EBTModel, EBTPreTrainedModel
 
 
-class EBTForCausalLM(EBTGenerationMixin, EBTPreTrainedModel, GenerationMixin):
+class EBTForCausalLM(EBTTokenScoresMixin, EBTGenerationMixin, EBTPreTrainedModel, GenerationMixin):
     r"""
     Energy-Based Transformer language model: the next token's logits are found by descending an energy.
 
@@ -58,6 +59,7 @@ class EBTForCausalLM(EBTGenerationMixin, EBTPreTrainedModel, GenerationMixin):
     ```
     """
 
+    _auto_class = "AutoModelForCausalLM"  # a saved model carries its code
     # half precision holds a step size of 500 to the nearest 2 or 4 only
     _keep_in_fp32_modules_strict = ["step_size"]
     _tied_weights_keys = {"candidate_embedding.weight": "model.embed_tokens.weight"}
@@ -122,7 +124,8 @@ class EBTForCausalLM(EBTGenerationMixin, EBTPreTrainedModel, GenerationMixin):
                 more forward of the candidate stream).
             output_trajectory (`bool`, *optional*): return `trajectory`, the logits after every step: `K + 1` times the
                 memory of `logits`, so best with `logits_to_keep`.
-            kwargs: `num_items_in_batch` and `shift_labels` for the loss.
+            kwargs: `num_items_in_batch` and `shift_labels` for the loss, and `loss_reduction="none"` for the loss of
+                every token, `(B, T)`, the one at `s` being that of token `s + 1` and 0 where its label is -100.
 
         Returns:
             [`EBTCausalLMOutputWithPast`].

@@ -80,13 +80,15 @@ class EBTCausalLMOutputWithPast(ModelOutput):
     Output of [`EBTForCausalLM`]. ``B`` rows, ``T`` positions thought about, ``K`` thinking steps.
 
     Args:
-        loss (`torch.FloatTensor` of shape `(1,)`, *optional*):
-            In training mode the recipe's objective, in evaluation mode the cross-entropy of the final logits.
+        loss (`torch.FloatTensor` of shape `()`, *optional*):
+            In training mode the recipe's objective, in evaluation mode the cross-entropy of the final logits; of shape
+            `(B, T)` with `loss_reduction="none"`.
         logits (`torch.FloatTensor` of shape `(B, T, V)`): next-token logits after the last step, in float32.
         energies (`torch.FloatTensor` of shape `(B, T, K + 1)`, *optional*):
             With `output_energies=True`: energy of the chosen candidate before every step and after the last.
         steps_taken (`torch.LongTensor` of shape `(B, T)`, *optional*): steps that moved the chosen candidate.
-        step_losses (`torch.FloatTensor` of shape `(K,)`, *optional*): cross-entropy after each step, with labels.
+        step_losses (`torch.FloatTensor` of shape `(K,)`, *optional*):
+            Cross-entropy after each step, with labels; `(K, B, T)` with `loss_reduction="none"`.
         mean_energies (`torch.FloatTensor` of shape `(K,)`, *optional*): mean energy before each step, in training
             mode.
         past_key_values (`Cache`, *optional*): keys and values of the context, the landscapes side by side as heads.

@@ -23,6 +23,8 @@ from .layers import EBTDecoderLayer
 from .layers_common import EBTEnergyHead, EBTModulation, EBTStepSize, modulate
 from .masks import (
     additive,
+    longest_text,
+    packed_texts,
     positions_from_mask,
     visible_columns,
     with_own_column,
@@ -85,6 +87,8 @@ class EBTModel(EBTPreTrainedModel):
     torch.Size([1, 3])
     ```
     """
+
+    _auto_class = "AutoModel"  # a saved model carries its code
 
     def __init__(self, config: EBTConfig) -> None:
         super().__init__(config)
@@ -194,19 +198,24 @@ class EBTModel(EBTPreTrainedModel):
         assert inputs_embeds is not None  # one of the two was given
         batch, length, _ = inputs_embeds.shape
         device = inputs_embeds.device
+        # as in transformers: positions without a mask may say that a row holds several texts
+        texts = None
+        check_position_ids(position_ids, batch, length)
+        if position_ids is not None and attention_mask is None and past_key_values is None:
+            texts = packed_texts(position_ids)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         past = 0 if past_key_values is None else int(past_key_values.get_seq_length())
         columns = past + length if past_key_values is None else past_key_values.get_mask_sizes(length, 0)[0]
-        check_length(batch, length, past, self.config.max_position_embeddings)
+        longest = length if texts is None else longest_text(texts)
+        check_length(batch, longest, past, self.config.max_position_embeddings)
         check_attention_mask(attention_mask, batch, length, past, columns)
-        check_position_ids(position_ids, batch, length)
         if past > 0:
             num_landscapes = self._cached_landscapes(past_key_values, num_landscapes)
 
         if position_ids is None:
             position_ids = positions_from_mask(attention_mask, length, past, device)
-        visible = visible_columns(attention_mask, length, columns, past, device)
+        visible = visible_columns(attention_mask, length, columns, past, device, texts)
         steps = 1 if self.has_step_token else 0
         hidden = inputs_embeds[:, None].expand(batch, num_landscapes, length, -1)
         rotary_positions = position_ids + steps
@@ -220,7 +229,8 @@ class EBTModel(EBTPreTrainedModel):
             candidate_mask = visible
         hidden = hidden.reshape(batch * num_landscapes, steps + length, -1)
         rotary = self._rotary(hidden, rotary_positions, num_landscapes)
-        mask = self._attention_mask(attention_mask, visible, past, columns, num_landscapes, hidden.dtype)
+        packed = texts is not None
+        mask = self._attention_mask(attention_mask, visible, past, columns, num_landscapes, hidden.dtype, packed)
         condition = None
         if self.final_modulation is not None:
             condition = self._step_vectors(slice(num_landscapes)).repeat(batch, 1)
@@ -304,11 +314,18 @@ class EBTModel(EBTPreTrainedModel):
         return cos, sin
 
     def _attention_mask(
-        self, given: Tensor | None, visible: Tensor, past: int, columns: int, landscapes: int, dtype: torch.dtype
+        self,
+        given: Tensor | None,
+        visible: Tensor,
+        past: int,
+        columns: int,
+        landscapes: int,
+        dtype: torch.dtype,
+        packed: bool,
     ) -> Tensor | None:
         """The context stream's mask, or None where plain causality says it all and the backend has it built in."""
         eager = self.config._attn_implementation == "eager"
-        plain = not eager and past == 0 and columns == visible.shape[-2]
+        plain = not eager and not packed and past == 0 and columns == visible.shape[-2]
         # the look at the mask itself comes last: on an accelerator it has to be waited for
         if plain and (given is None or (given.dim() == 2 and bool(given.all()))):
             return None
