@@ -12,7 +12,7 @@ def packed_texts(position_ids: Tensor) -> Tensor | None:
         position_ids (`torch.LongTensor` of shape `(B or 1, S)`): positions, counted from 0 in every text.
 
     Returns:
-        `torch.LongTensor` of shape `(B or 1, S)`, the texts of a row numbered from 0; None where every row is one text.
+        `torch.LongTensor` of shape `(B or 1, S)`, the texts of a row numbered from 0; None if all are of one text.
     """
     begins = position_ids[:, 1:] != position_ids[:, :-1] + 1
     if not torch.compiler.is_compiling() and not bool(begins.any()):
