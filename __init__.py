@@ -1,46 +1,96 @@
-"""Energy-Based Transformers for the Hugging Face ecosystem. Importing registers every model with the Auto classes."""
+"""
+Energy-Based Transformers for the Hugging Face ecosystem.
 
-import os
-import sys
+Importing this package makes every model known to the Auto classes and pipelines of transformers. What a public name
+needs is imported when the name is first used, so that the import itself takes no time (see `registration.py`).
+"""
+
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from .registration import register_when_imported
+
+
+if TYPE_CHECKING:
+    from .configuration import PRESETS, EBTConfig, EBTImageConfig, ThinkingConfig, transformer_pp_config
+    from .modeling_ebt import (
+        EBTCausalLMOutputWithPast,
+        EBTForCausalLM,
+        EBTForImageDenoising,
+        EBTGenerateOutput,
+        EBTImageDenoisingOutput,
+        EBTImageModel,
+        EBTImageModelOutput,
+        EBTModel,
+        EBTModelOutputWithPast,
+    )
+    from .modeling_ebt.conversion_ebt import model_from_official, model_to_official
+    from .modeling_ebt.image_processing_ebt import EBTImageProcessor
+    from .pipelines import ImageDenoisingPipeline, generate_with_energies, perplexity_by_steps
+    from .pipelines.diffusers_denoising import EBTDenoisingPipeline  # noqa: F401  public, but `import *` must not need diffusers
+    from .training import EBTImageTrainingArguments, EBTTrainer, EBTTrainingArguments
 
 __version__ = "0.1.0"
 
-# public names that need more than a model does; imported when they are first used
-_LATER = {
-    "EBTDenoisingPipeline": ".pipelines.diffusers_denoising",
-    "EBTImageTrainingArguments": ".training",
-    "EBTTrainer": ".training",
-    "EBTTrainingArguments": ".training",
-    "generate_with_energies": ".pipelines",
-    "model_from_official": ".modeling_ebt.conversion_ebt",
-    "model_to_official": ".modeling_ebt.conversion_ebt",
-    "perplexity_by_steps": ".pipelines",
+# where every public name lives
+_HOMES = {
+    ".configuration": ("PRESETS", "EBTConfig", "EBTImageConfig", "ThinkingConfig", "transformer_pp_config"),
+    ".modeling_ebt": (
+        "EBTCausalLMOutputWithPast",
+        "EBTForCausalLM",
+        "EBTForImageDenoising",
+        "EBTGenerateOutput",
+        "EBTImageDenoisingOutput",
+        "EBTImageModel",
+        "EBTImageModelOutput",
+        "EBTModel",
+        "EBTModelOutputWithPast",
+    ),
+    ".modeling_ebt.conversion_ebt": ("model_from_official", "model_to_official"),
+    ".modeling_ebt.image_processing_ebt": ("EBTImageProcessor",),
+    ".pipelines": ("ImageDenoisingPipeline", "generate_with_energies", "perplexity_by_steps"),
+    ".pipelines.diffusers_denoising": ("EBTDenoisingPipeline",),
+    ".training": ("EBTImageTrainingArguments", "EBTTrainer", "EBTTrainingArguments"),
 }
-
-
-def _is_console_script() -> bool:
-    return os.path.basename(getattr(sys, "argv", [""])[0]) in ("ebt", "ebt.exe")
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:
-    if name in _LATER:
-        return getattr(import_module(_LATER[name], __name__), name)
-    # under the console script the other names wait, too, until somebody uses one; that registers everything
-    if not name.startswith("_"):
-        exports = import_module(".exports", __name__)
-        if name in exports.__all__:
-            return getattr(exports, name)
+    if name in _HOME_OF:
+        value = getattr(import_module(_HOME_OF[name], __name__), name)
+        globals()[name] = value
+        return value
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_LATER})
+    return sorted({*globals(), *_HOME_OF})
 
 
-# `ebt --help` has to answer before torch is imported; everybody else gets the Auto classes with the import
-if TYPE_CHECKING or not _is_console_script():
-    from .exports import *  # noqa: F403
-    from .exports import __all__ as __all__
+register_when_imported()
+
+__all__ = [
+    "PRESETS",
+    "EBTCausalLMOutputWithPast",
+    "EBTConfig",
+    "EBTForCausalLM",
+    "EBTForImageDenoising",
+    "EBTGenerateOutput",
+    "EBTImageConfig",
+    "EBTImageDenoisingOutput",
+    "EBTImageModel",
+    "EBTImageModelOutput",
+    "EBTImageProcessor",
+    "EBTImageTrainingArguments",
+    "EBTModel",
+    "EBTModelOutputWithPast",
+    "EBTTrainer",
+    "EBTTrainingArguments",
+    "ImageDenoisingPipeline",
+    "ThinkingConfig",
+    "generate_with_energies",
+    "model_from_official",
+    "model_to_official",
+    "perplexity_by_steps",
+    "transformer_pp_config",
+]

@@ -381,7 +381,6 @@ def _convert(argv: list[str]) -> int:
     arguments, given = _parse("convert", ConvertArguments, argv, positional)
     if not Path(given.checkpoint).is_file():
         raise FileNotFoundError(f"There is no checkpoint file {given.checkpoint}.")
-    from . import exports  # noqa: F401  registers the models: a saved one then carries its code, as everywhere else
     from .modeling_ebt.conversion_ebt import convert_checkpoint
 
     convert_checkpoint(given.checkpoint, given.output, tokenizer=arguments.tokenizer)

@@ -90,8 +90,6 @@ def loading(source: str | Path) -> Iterator[None]:
     """No progress bars while a checkpoint is loaded; whatever goes wrong becomes one `ValueError` with the reason."""
     import transformers
 
-    from . import exports  # noqa: F401  registers models and pipelines
-
     bar = transformers.utils.logging.is_progress_bar_enabled()
     transformers.utils.logging.disable_progress_bar()
     try:
@@ -178,6 +176,25 @@ def _held_out_energies(
     return torch.cat(energies), torch.cat(losses)
 
 
+def finish_axes(axes: Any, steps: range, landscapes: int = 1) -> None:
+    """
+    What every plot against thinking steps has: ticks, a grid, a legend, and where the walk changes its landscape.
+
+    Args:
+        axes (`matplotlib.axes.Axes`): what has been drawn on.
+        steps (`range`): the numbers of steps on it.
+        landscapes (`int`, *optional*, defaults to 1): energy landscapes of the model; the first steps walk one each.
+    """
+    changes = [step for step in steps[1:] if step < landscapes]
+    for step in changes:
+        label = "landscape changes" if step == changes[0] else None
+        axes.axvline(step - 0.5, color="grey", linestyle=":", label=label)
+    axes.set_xlabel("thinking steps taken")
+    axes.set_xticks(steps)
+    axes.grid(alpha=0.3)
+    axes.legend()
+
+
 def draw_energies(energies: "torch.Tensor", losses: "torch.Tensor", landscapes: int, path: Path) -> None:
     """
     Plots energy against thinking steps.
@@ -216,15 +233,8 @@ def draw_energies(energies: "torch.Tensor", losses: "torch.Tensor", landscapes: 
     band(right, change[order[-third:]], first, "hardest third")
     right.set_title("Change of energy, easy and hard tokens")
     right.set_ylabel(f"energy - energy at step {first}")
-    for axes in (left, right):
-        for step in range(1, min(landscapes, count)):
-            if axes is left:
-                label = "landscape changes" if step == 1 else None
-                axes.axvline(step - 0.5, color="grey", linestyle=":", label=label)
-        axes.set_xlabel("thinking steps taken")
-        axes.set_xticks(range(first if axes is right else 0, count))
-        axes.grid(alpha=0.3)
-        axes.legend()
+    finish_axes(left, range(count), landscapes)
+    finish_axes(right, range(first, count), landscapes)
     figure.savefig(path, dpi=120)
 
 

@@ -95,6 +95,7 @@ class EBTConfig(EBTBaseConfig):
     """
 
     model_type = "ebt"
+    _auto_class = "AutoConfig"  # a saved model carries its code
     keys_to_ignore_at_inference = [
         "past_key_values",
         "energies",

@@ -95,6 +95,7 @@ class EBTImageConfig(EBTBaseConfig):
     """
 
     model_type = "ebt_image"
+    _auto_class = "AutoConfig"  # a saved model carries its code
     keys_to_ignore_at_inference = [
         "energies",
         "steps_taken",

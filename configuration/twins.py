@@ -1,15 +1,17 @@
 """Twins: the ordinary models of the same shape that EBTs are compared with."""
 
-from typing import Any
-
-from transformers import LlamaConfig
+from typing import TYPE_CHECKING, Any
 
 from .configuration_ebt import EBTConfig
 from .configuration_ebt_image import EBTImageConfig
 from .presets_ebt import preset_fields
 
 
-def transformer_pp_config(preset: str | EBTConfig, **overrides: Any) -> LlamaConfig:
+if TYPE_CHECKING:
+    from transformers import LlamaConfig
+
+
+def transformer_pp_config(preset: str | EBTConfig, **overrides: Any) -> "LlamaConfig":
     """
     The Transformer++ twin of a preset or of an [`EBTConfig`]: a Llama-style model of the same width, depth, heads,
     feed-forward width and vocabulary (paper p. 34).
@@ -30,6 +32,9 @@ def transformer_pp_config(preset: str | EBTConfig, **overrides: Any) -> LlamaCon
     128
     ```
     """
+    # not at the top: transformers imports this module while the Auto classes, which Llama's needs, are half imported
+    from transformers import LlamaConfig
+
     values: dict[str, Any]
     if isinstance(preset, str):
         defaults = EBTConfig()

@@ -112,6 +112,7 @@ class EBTImageProcessor(PilBackend):
     ```
     """
 
+    _auto_class = "AutoImageProcessor"  # a saved processor carries its code
     valid_kwargs = EBTImageProcessorKwargs
     model_input_names = ["pixel_values"]
 

@@ -238,7 +238,7 @@ class EBTForCausalLM(EBTTokenScoresMixin, EBTGenerationMixin, EBTPreTrainedModel
         """
         if (candidate_ids is None) == (candidate_probs is None):
             raise ValueError("Give exactly one of `candidate_ids` and `candidate_probs`.")
-        table = self.candidate_embedding.weight
+        table = self._candidate_table()
         if candidate_probs is not None:
             if candidate_probs.shape[-1] != self.config.vocab_size:
                 raise ValueError(
@@ -269,6 +269,15 @@ class EBTForCausalLM(EBTTokenScoresMixin, EBTGenerationMixin, EBTPreTrainedModel
         context = outputs.context.repeat_candidates(1 if len(shape) == 2 else shape[1])
         energies = self.model(candidate_embeds=embeds.flatten(1, -2), context=context, landscape=landscape).energies
         return energies.view(shape)
+
+    def _candidate_table(self) -> Tensor:
+        """The table [W] (V, D) of candidates, with the adapter that may be around their embedding."""
+        layer = self.candidate_embedding
+        if isinstance(layer, nn.Linear):
+            return layer.weight
+        # whatever kind of adapter it is: a linear map is what it makes of the identity
+        weight = layer.weight
+        return layer(torch.eye(weight.shape[1], dtype=weight.dtype, device=weight.device)).t()
 
     def _initial_state(self, batch: int, context: EBTContext, thinking: Thinking, given: Tensor | None) -> Tensor:
         """Initial logits (B, M, T, V) in float32."""
@@ -309,7 +318,7 @@ class EBTForCausalLM(EBTTokenScoresMixin, EBTGenerationMixin, EBTPreTrainedModel
         position = int(context.position_ids.max()) if noisy else 0
         return descend(
             energy,
-            TextCandidates(self.candidate_embedding.weight, self.config.update),
+            TextCandidates(self._candidate_table(), self.config.update),
             state.flatten(1, 2),
             schedule,
             detach_between_steps=self.config.detach_between_steps or not learning,

@@ -53,6 +53,7 @@ class EBTForImageDenoising(EBTImagePreTrainedModel):
     ```
     """
 
+    _auto_class = "AutoModelForImageToImage"  # a saved model carries its code
     # half precision holds a step size of 3000 to the nearest 2 or 16 only
     _keep_in_fp32_modules_strict = ["step_size"]
 

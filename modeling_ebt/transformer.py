@@ -20,7 +20,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from .checks import check_attention_mask, check_length, check_position_ids, check_token_ids
 from .configuration_ebt import EBTConfig
 from .layers import EBTDecoderLayer
-from .layers_common import EBTEnergyHead, EBTModulation, EBTStepSize, modulate
+from .layers_common import EBTEnergyHead, EBTModulation, EBTStepSize, head_energies, modulate, modulation_parts
 from .masks import (
     additive,
     longest_text,
@@ -168,10 +168,11 @@ class EBTModel(EBTPreTrainedModel):
             output.energies = self._score_candidates(candidate_embeds, output.context, landscape)
         return output
 
-    def _step_vectors(self, landscapes: slice) -> Tensor:
-        """Embeddings (K, D) of some landscapes; only for models with step conditioning."""
+    def _step_vectors(self, first: int, end: int) -> Tensor:
+        """Embeddings (K, D) of the landscapes `first` to `end - 1`; only for models with step conditioning."""
         assert self.step_embeddings is not None
-        return self.step_embeddings.weight[landscapes]
+        # through the module, not its weight: an adapter around it has a say, too
+        return self.step_embeddings(torch.arange(first, end, device=self.step_embeddings.weight.device))
 
     def _requested(self, value: bool | None, name: str) -> bool:
         return bool(getattr(self.config, name, False) if value is None else value)
@@ -220,7 +221,7 @@ class EBTModel(EBTPreTrainedModel):
         hidden = inputs_embeds[:, None].expand(batch, num_landscapes, length, -1)
         rotary_positions = position_ids + steps
         if steps:
-            tokens = self._step_vectors(slice(num_landscapes)).to(hidden.dtype)
+            tokens = self._step_vectors(0, num_landscapes).to(hidden.dtype)
             tokens = tokens[None, :, None].expand(batch, -1, -1, -1)
             hidden = torch.cat([tokens, hidden], dim=2)
             rotary_positions = torch.nn.functional.pad(rotary_positions, (1, 0), value=0)
@@ -233,7 +234,7 @@ class EBTModel(EBTPreTrainedModel):
         mask = self._attention_mask(attention_mask, visible, past, columns, num_landscapes, hidden.dtype, packed)
         condition = None
         if self.final_modulation is not None:
-            condition = self._step_vectors(slice(num_landscapes)).repeat(batch, 1)
+            condition = self._step_vectors(0, num_landscapes).repeat(batch, 1)
 
         keys: list[Tensor] = []
         values: list[Tensor] = []
@@ -346,13 +347,13 @@ class EBTModel(EBTPreTrainedModel):
         rotary = self._rotary(hidden, context.position_ids, 1)
         condition = None
         if self.final_modulation is not None:
-            condition = self._step_vectors(slice(landscape, landscape + 1))
+            condition = self._step_vectors(landscape, landscape + 1)
         for layer, key, value in zip(self.layers, context.keys, context.values, strict=True):
             hidden = layer(hidden, rotary, context.mask, condition, (key[:, landscape], value[:, landscape]))[0]
         hidden = self.norm(hidden)
         if self.final_modulation is not None:
-            hidden = modulate(hidden, *self.final_modulation(condition))
-        return self.energy_head(hidden)
+            hidden = modulate(hidden, *modulation_parts(self.final_modulation, condition))
+        return head_energies(self.energy_head, hidden)
 
 
 __all__ = ["EBTModel", "EBTPreTrainedModel"]

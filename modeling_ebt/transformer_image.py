@@ -15,8 +15,8 @@ from transformers.utils import can_return_tuple
 
 from .checks import check_images
 from .configuration_ebt_image import EBTImageConfig
-from .layers_common import EBTEnergyHead, EBTModulation, EBTStepSize, modulate
-from .layers_image import EBTImageLayer, EBTImagePatches, sincos_positions
+from .layers_common import EBTEnergyHead, EBTModulation, EBTStepSize, head_energies, modulate, modulation_parts
+from .layers_image import EBTImageLayer, EBTImagePatches, cut_patches, sincos_positions
 from .outputs import EBTImageModelOutput
 from .pretrained import EBTBasePreTrainedModel
 
@@ -66,6 +66,8 @@ class EBTImageModel(EBTImagePreTrainedModel):
     torch.Size([2, 64])
     ```
     """
+
+    _auto_class = "AutoModel"  # a saved model carries its code
 
     def __init__(self, config: EBTImageConfig) -> None:
         super().__init__(config)
@@ -128,12 +130,12 @@ class EBTImageModel(EBTImagePreTrainedModel):
         if not 0 <= landscape < config.num_landscapes:
             raise ValueError(f"`landscape` must be between 0 and {config.num_landscapes - 1}, got {landscape}.")
         if condition is None:
-            condition = self.step_embeddings.weight[landscape : landscape + 1]
+            condition = self.step_embeddings(torch.arange(landscape, landscape + 1, device=pixel_values.device))
         with_hidden = config.output_hidden_states if output_hidden_states is None else output_hidden_states
         with_weights = bool(config.output_attentions if output_attentions is None else output_attentions)
 
         rows, columns = (side // config.patch_size for side in pixel_values.shape[-2:])
-        hidden = self.patches(pixel_values)
+        hidden = self.patches(cut_patches(pixel_values, config.patch_size))
         positions = sincos_positions(rows, columns, config.grid, config.hidden_size)
         hidden = hidden + positions.to(device=hidden.device, dtype=hidden.dtype)
         all_hidden, all_weights = [hidden], []
@@ -146,10 +148,10 @@ class EBTImageModel(EBTImagePreTrainedModel):
             hidden, weights = call(hidden, condition, with_weights)
             all_hidden.append(hidden)
             all_weights.append(weights)
-        energies = self.energy_head(modulate(self.norm(hidden), *self.final_modulation(condition)))
+        normed = modulate(self.norm(hidden), *modulation_parts(self.final_modulation, condition))
         return EBTImageModelOutput(
             last_hidden_state=hidden,
-            energies=energies,
+            energies=head_energies(self.energy_head, normed),
             hidden_states=tuple(all_hidden) if with_hidden else None,
             attentions=tuple(all_weights) if with_weights else None,
         )

@@ -11,7 +11,7 @@ import ebt_transformers
 from ebt_transformers import EBTConfig, EBTForCausalLM, EBTModel, configuration, modeling_ebt
 
 
-# names users rely on: adding is free, removing is a breaking change
+# names users rely on: removing one is a breaking change
 PROMISED = {
     "PRESETS",
     "EBTCausalLMOutputWithPast",
@@ -29,12 +29,6 @@ PROMISED = {
     "ImageDenoisingPipeline",
     "ThinkingConfig",
     "transformer_pp_config",
-}
-
-
-# promised too, but imported on first use
-LATER = {
-    "EBTDenoisingPipeline",
     "EBTTrainer",
     "EBTImageTrainingArguments",
     "EBTTrainingArguments",
@@ -43,10 +37,59 @@ LATER = {
     "model_to_official",
     "perplexity_by_steps",
 }
+NOT_BY_STAR = {"EBTDenoisingPipeline"}  # needs diffusers
+# what may be imported first; transformers imports its registries in the middle of some of these
+FIRST = [
+    "from transformers import LlamaForCausalLM",
+    pytest.param("", marks=pytest.mark.slow),
+    pytest.param("from ebt_transformers import EBTForCausalLM", marks=pytest.mark.slow),
+    pytest.param("from ebt_transformers import EBTImageProcessor", marks=pytest.mark.slow),
+    pytest.param("from ebt_transformers import *", marks=pytest.mark.slow),
+    pytest.param("from transformers import pipeline", marks=pytest.mark.slow),
+    pytest.param("from transformers import Trainer", marks=pytest.mark.slow),
+    pytest.param("import transformers.modeling_utils", marks=pytest.mark.slow),
+    pytest.param("from transformers import AutoImageProcessor", marks=pytest.mark.slow),
+]
+REGISTERED = """
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageToImage
+from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
+from transformers.pipelines import PIPELINE_REGISTRY
+import ebt_transformers as ours
+
+assert type(AutoConfig.for_model("ebt")) is ours.EBTConfig
+assert type(AutoConfig.for_model("ebt_image")) is ours.EBTImageConfig
+assert AutoModel._model_mapping[ours.EBTConfig] is ours.EBTModel
+assert AutoModelForCausalLM._model_mapping[ours.EBTConfig] is ours.EBTForCausalLM
+assert AutoModel._model_mapping[ours.EBTImageConfig] is ours.EBTImageModel
+assert AutoModelForImageToImage._model_mapping[ours.EBTImageConfig] is ours.EBTForImageDenoising
+assert ours.EBTForCausalLM in AutoModelForCausalLM._model_mapping.values()
+assert ours.EBTImageConfig in IMAGE_PROCESSOR_MAPPING
+assert PIPELINE_REGISTRY.supported_tasks["image-denoising"]["impl"] is ours.ImageDenoisingPipeline
+"""
 
 
-@pytest.mark.parametrize("name", sorted(LATER))
-def test_names_imported_on_first_use_are_there_and_documented(name: str) -> None:
+def run(code: str, env: dict[str, str]) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, check=False)
+
+
+@pytest.mark.parametrize("order", ["package first", "package last"])
+@pytest.mark.parametrize("first", FIRST)
+def test_everything_is_registered_whatever_is_imported_first(
+    first: str, order: str, subprocess_env: dict[str, str]
+) -> None:
+    lines = ["import ebt_transformers", first]
+    done = run("\n".join([*(lines if order == "package first" else lines[::-1]), REGISTERED]), subprocess_env)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_importing_the_package_imports_neither_torch_nor_transformers(subprocess_env: dict[str, str]) -> None:
+    names = "('torch', 'transformers', 'numpy', 'diffusers', 'datasets')"
+    done = run(f"import sys, ebt_transformers\nprint([n for n in {names} if n in sys.modules])", subprocess_env)
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+@pytest.mark.parametrize("name", sorted(PROMISED | NOT_BY_STAR))
+def test_public_names_are_there_and_documented(name: str) -> None:
     assert name in dir(ebt_transformers)
     assert inspect.getdoc(getattr(ebt_transformers, name))
 
@@ -57,7 +100,8 @@ def test_an_unknown_name_raises() -> None:
 
 
 def test_promised_names_are_there() -> None:
-    assert set(ebt_transformers.__all__) >= PROMISED
+    assert set(ebt_transformers.__all__) == PROMISED
+    assert set(ebt_transformers._HOME_OF) == PROMISED | NOT_BY_STAR
     assert ebt_transformers.__version__
 
 
@@ -89,9 +133,7 @@ def test_importing_prints_nothing_and_leaves_torch_s_settings_alone(subprocess_e
         "import ebt_transformers;"
         "assert before == (torch.get_rng_state().sum(), torch.get_default_dtype(), torch.is_grad_enabled())"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=subprocess_env, check=False
-    )
+    done = run(code, subprocess_env)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
@@ -103,8 +145,6 @@ def test_the_package_does_without_the_optional_libraries(subprocess_env: dict[st
         "m = e.EBTForCausalLM(e.EBTConfig(vocab_size=9, hidden_size=8, num_attention_heads=2, num_hidden_layers=1))\n"
         "print(m.generate(torch.tensor([[1, 2]]), max_new_tokens=2, do_sample=False).shape)"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=subprocess_env, check=False
-    )
+    done = run(code, subprocess_env)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "torch.Size([1, 4])"

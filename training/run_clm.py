@@ -371,7 +371,6 @@ def _run(argv: list[str]) -> None:
     model_args, data_args, run_args, training_args = parse_command_line(argv, "clm", __doc__, own, _training_class)
     from transformers import AutoConfig, set_seed
 
-    from .. import exports  # noqa: F401  registers the models with the Auto classes; the console script has not yet
     from ..configuration import PRESETS
     from .data import EMBEDDED, CausalLMCollator
     from .model_card import RunFacts

@@ -422,7 +422,6 @@ def _run(argv: list[str]) -> None:
         ) from error
     from transformers import AutoConfig, set_seed
 
-    from .. import exports  # noqa: F401  registers the models with the Auto classes; the console script has not yet
     from ..modeling_ebt.image_processing_ebt import EBTImageProcessor
     from ..modeling_ebt.latents import vae_scale_factor
     from .ema import EMA_FILE, EMACallback
