@@ -20,7 +20,7 @@ from transformers.models.llama.modeling_llama import (
 )
 
 from .configuration_ebt import EBTConfig
-from .layers_common import EBTModulation, modulate
+from .layers_common import EBTModulation, modulate, modulation_parts
 
 
 def candidate_attention(
@@ -153,7 +153,7 @@ class EBTDecoderLayer(nn.Module):
             Hidden states after the layer, keys and values attended to (context) or owned (candidates), and the
             attention weights where the backend gives them.
         """
-        modulation = None if self.modulation is None else self.modulation(condition)
+        modulation = None if self.modulation is None else modulation_parts(self.modulation, condition)
         normed = self.input_layernorm(hidden)
         if modulation is not None:
             normed = modulate(normed, modulation[0], modulation[1])

@@ -33,9 +33,11 @@ class EBTStepSize(nn.Module):
 
 class EBTModulation(nn.Linear):
     """
-    What the step does to normed activations (adaLN): shifts, scales and gates computed from its embedding.
+    What the step does to normed activations (adaLN): shifts, scales and gates computed from its embedding, see
+    [`modulation_parts`].
 
-    A class of its own, because transformers initialises custom models by the modules that own parameters.
+    A class of its own, because transformers initialises custom models by the modules that own parameters; a plain
+    linear map, because adapters wrap those.
 
     Args:
         width (`int`): D.
@@ -44,11 +46,11 @@ class EBTModulation(nn.Linear):
 
     def __init__(self, width: int, parts: int) -> None:
         super().__init__(width, parts * width)
-        self.parts = parts
 
-    def forward(self, condition: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
-        """Step embedding (B or 1, D) -> `parts` tensors (B or 1, 1, D)."""
-        return super().forward(nn.functional.silu(condition)).unsqueeze(1).chunk(self.parts, dim=-1)
+
+def modulation_parts(layer: nn.Module, condition: Tensor) -> tuple[Tensor, ...]:
+    """Step embedding (B or 1, D) -> the vectors an [`EBTModulation`] makes of it, each (B or 1, 1, D)."""
+    return layer(nn.functional.silu(condition)).unsqueeze(1).split(condition.shape[-1], dim=-1)
 
 
 class EBTEnergyHead(nn.Linear):
@@ -57,9 +59,18 @@ class EBTEnergyHead(nn.Linear):
     def __init__(self, width: int) -> None:
         super().__init__(width, 1, bias=False)
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        """Hidden (..., D) -> energies (...), in float32."""
-        return super().forward(hidden).squeeze(-1).float()
+
+def head_energies(head: nn.Module, hidden: Tensor) -> Tensor:
+    """Hidden (..., D) -> energies (...) of an [`EBTEnergyHead`], in float32."""
+    return head(hidden).squeeze(-1).float()
 
 
-__all__ = ["MIN_STEP_SIZE", "EBTEnergyHead", "EBTModulation", "EBTStepSize", "modulate"]
+__all__ = [
+    "MIN_STEP_SIZE",
+    "EBTEnergyHead",
+    "EBTModulation",
+    "EBTStepSize",
+    "head_energies",
+    "modulate",
+    "modulation_parts",
+]

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from transformers.activations import ACT2FN
 
 from .configuration_ebt_image import EBTImageConfig
-from .layers_common import EBTModulation, modulate
+from .layers_common import EBTModulation, modulate, modulation_parts
 
 
 @functools.lru_cache(maxsize=32)
@@ -50,7 +50,8 @@ def sincos_positions(rows: int, columns: int, made_for: tuple[int, int], width: 
 
 class EBTImagePatches(nn.Linear):
     """
-    Images to patches: a linear map of the pixels of each patch (a convolution without overlap).
+    Images to patches: a linear map of the pixels of each patch, as [`cut_patches`] gives them (a convolution without
+    overlap).
 
     Args:
         config ([`EBTImageConfig`]): a conditional model reads the channels of the noisy image behind the candidate's.
@@ -59,14 +60,13 @@ class EBTImagePatches(nn.Linear):
     def __init__(self, config: EBTImageConfig) -> None:
         images = 2 if config.image_conditioning == "noisy_image" else 1
         super().__init__(images * config.num_channels * config.patch_size**2, config.hidden_size)
-        self.patch_size = config.patch_size
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Images (B, C, H, W) -> patches (B, T, D)."""
-        size = self.patch_size
-        batch, channels, height, width = images.shape
-        cut = images.reshape(batch, channels, height // size, size, width // size, size)
-        return super().forward(cut.permute(0, 2, 4, 1, 3, 5).reshape(batch, -1, channels * size * size))
+
+def cut_patches(images: Tensor, size: int) -> Tensor:
+    """Images (B, C, H, W) -> the pixels of their patches, row by row, (B, T, C * size * size)."""
+    batch, channels, height, width = images.shape
+    cut = images.reshape(batch, channels, height // size, size, width // size, size)
+    return cut.permute(0, 2, 4, 1, 3, 5).reshape(batch, -1, channels * size * size)
 
 
 class EBTImageAttention(nn.Module):
@@ -131,7 +131,7 @@ class EBTImageLayer(nn.Module):
             condition (`Tensor` of shape `(B or 1, D)`): what the norms are modulated by.
             with_weights (`bool`): also give the attention weights.
         """
-        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = self.modulation(condition)
+        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = modulation_parts(self.modulation, condition)
         mixed, weights = self.attention(modulate(self.layernorm_before(hidden), shift, scale), with_weights)
         hidden = hidden + gate * mixed
         return hidden + mlp_gate * self.mlp(modulate(self.layernorm_after(hidden), mlp_shift, mlp_scale)), weights
@@ -142,5 +142,6 @@ __all__ = [
     "EBTImageLayer",
     "EBTImageMLP",
     "EBTImagePatches",
+    "cut_patches",
     "sincos_positions",
 ]
