@@ -49,8 +49,19 @@ class _Trace:
     ended: list[Tensor] = field(default_factory=list)
 
 
+NO_CONTINUOUS_BATCHING = (
+    "Energy-based models cannot use continuous batching: its pages hide the context from the candidates. Use "
+    "`generate()` with a padded batch of prompts (`tokenizer(prompts, padding=True, padding_side='left')`)."
+)
+
 # a context variable keeps threads apart
 _TRACE: ContextVar[_Trace | None] = ContextVar("ebt_thinking_trace", default=None)
+
+
+def configured_thinking(config: Any) -> ThinkingConfig:
+    """What the `thinking_*` attributes of a generation config say."""
+    set_there = {name: value for name, value in vars(config).items() if name.startswith(FLAT_PREFIX)}
+    return ThinkingConfig.from_value({name: value for name, value in set_there.items() if value is not None})
 
 
 class _TracedCriteria(StoppingCriteriaList):
@@ -107,11 +118,37 @@ class EBTGenerationMixin(GenerationMixin):
         return self._with_energies(output, trace)
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
-        """[`PreTrainedModel.save_pretrained`], with the `thinking_*` attributes of the generation config."""
+        """
+        [`PreTrainedModel.save_pretrained`], with the `thinking_*` attributes of the generation config, and so that
+        `transformers serve --trust-remote-code` can load what is saved.
+        """
         if self.generation_config is not None:
             # a mark of configs never touched by a user; loading drops all but the standard attributes of those
             self.generation_config._from_model_config = False
+        if self._auto_class is not None:  # the model is saved with its code
+            # the one Auto class that `transformers serve` asks; any other model must be a part of transformers there
+            served = {"AutoModelForDecision": f"{type(self).__module__.rpartition('.')[2]}.{type(self).__name__}"}
+            self.config.auto_map = {**(getattr(self.config, "auto_map", None) or {}), **served}
         super().save_pretrained(*args, **kwargs)
+
+    @property
+    def init_continuous_batching(self) -> Any:
+        """Absent, unlike in other models: `transformers serve --continuous-batching` then generates one by one."""
+        raise AttributeError(NO_CONTINUOUS_BATCHING)
+
+    def continuous_batching_context_manager(self, *args: Any, **kwargs: Any) -> Any:
+        """Not available; see [`~EBTGenerationMixin.generate_batch`]."""
+        raise NotImplementedError(NO_CONTINUOUS_BATCHING)
+
+    def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
+        """
+        Not available: continuous batching keeps the context in pages that only an attention function of transformers
+        can read, and candidates read it themselves, at every thinking step.
+
+        Raises:
+            NotImplementedError: always.
+        """
+        raise NotImplementedError(NO_CONTINUOUS_BATCHING)
 
     @staticmethod
     def _call_thinking(kwargs: dict[str, Any], generation_configs: list[Any]) -> ThinkingConfig:
@@ -119,12 +156,7 @@ class EBTGenerationMixin(GenerationMixin):
         flat = {name: kwargs.pop(name) for name in FLAT_THINKING_NAMES if name in kwargs}
         thinking = ThinkingConfig.from_call(kwargs.pop("thinking", None), flat)
         for config in generation_configs:
-            set_there = {
-                name: value
-                for name, value in vars(config).items()
-                if name.startswith(FLAT_PREFIX) and value is not None
-            }
-            thinking = thinking.merged_over(ThinkingConfig.from_value(set_there))
+            thinking = thinking.merged_over(configured_thinking(config))
         return thinking
 
     def _prepare_generated_length(self, *args: Any, **kwargs: Any) -> Any:
@@ -172,4 +204,4 @@ class EBTGenerationMixin(GenerationMixin):
         return EBTGenerateBeamOutput(**output, energies=energies, steps_taken=steps)
 
 
-__all__ = ["EBTGenerateBeamOutput", "EBTGenerateOutput", "EBTGenerationMixin"]
+__all__ = ["EBTGenerateBeamOutput", "EBTGenerateOutput", "EBTGenerationMixin", "configured_thinking"]
