@@ -1,325 +1,256 @@
-"""Model cards: what was trained, on what, by which command, and how well it does."""
+"""Model cards: what was trained, on what, by which command, how well it does, and what thinking longer does to it."""
 
-import platform
-from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from transformers.utils import logging
+
+from . import card_sections as sections
+from .card_facts import (
+    CardFacts,
+    RunFacts,
+    card_metadata,
+    hub_ids,
+    installed_versions,
+    is_image_model,
+    number,
+    thinks,
+)
+from .card_measurements import ThinkingMeasurement, measure_thinking, same_random_state, some_rows
+from .card_plot import draw_thinking
+from .card_thinking import cost, thinking
 
 
 if TYPE_CHECKING:
     from torch import nn
     from transformers import Trainer
 
+logger = logging.get_logger(__name__)
 
-@dataclass
-class RunFacts:
+CARD, PLOT = "README.md", "energy.png"
+GIVEN = (  # what `Trainer.create_model_card` takes
+    *("language", "license", "tags", "model_name", "finetuned_from", "tasks", "dataset_tags", "dataset"),
+    "dataset_args",
+)
+
+
+# ---- from a run to facts ---------------------------------------------------------------------------------------
+
+
+def trained_model(trainer: "Trainer") -> "nn.Module":
+    """The model itself: not what distributes it, nor what holds its adapters."""
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def card_facts(trainer: "Trainer", title: str, given: Mapping[str, Any] | None = None) -> CardFacts:
     """
-    What a training script knows and the trainer does not.
+    What a trainer knows about its run.
 
     Args:
-        data (`str`, *optional*): the training data in words.
-        dataset (`str`, *optional*): its name on the Hub, for the metadata.
-        command (`str`, *optional*): the command that starts the same training again.
-        license (`str`, *optional*): license of the weights.
-        base_model (`str`, *optional*): the checkpoint training started from.
-        notes (`list[str]`, *optional*): further lines, one per item.
+        trainer (`transformers.Trainer`): its log history holds the metrics, its `run_facts`, if any, the rest.
+        title (`str`): the model's name, unless `given` has one or it goes to the Hub.
+        given (`dict`, *optional*): what `Trainer.create_model_card` was given.
+
+    Returns:
+        [`CardFacts`].
+
+    Raises:
+        TypeError: for something that `create_model_card` does not take.
     """
-
-    data: str | None = None
-    dataset: str | None = None
-    command: str | None = None
-    license: str | None = None
-    base_model: str | None = None
-    notes: list[str] = field(default_factory=list)
-
-
-TEMPLATE = """---
-{{ card_data }}
----
-
-# {{ title }}
-
-{{ summary }}
-
-## Use
-
-```python
-{% if image and thinks %}import ebt_transformers  # registers the model type and the pipeline
-from transformers import pipeline
-
-denoise = pipeline("image-denoising", model="{{ location }}")
-denoise("noisy.png", thinking_steps=3)
-{% elif image %}from ebt_transformers.training.dit_twin import ddim_denoise, load_dit
-
-dit, scheduler = load_dit("{{ location }}")
-images = ddim_denoise(dit, noisy, scheduler, start_timestep=99, num_steps=100)  # noisy: (B, C, H, W), -1..1
-{% else %}{% if thinks %}import ebt_transformers  # registers the model type
-{% endif %}from transformers import pipeline
-
-generate = pipeline("text-generation", model="{{ location }}")
-print(generate("Once", max_new_tokens=50{{ ", thinking_steps=4" if thinks else "" }}))
-{% endif %}```
-
-## Results
-
-| measure | value |
-|---|---|
-{% for name, value in results %}| {{ name }} | {{ value }} |
-{% endfor %}
-{{ explanation }}
-{% if curve %}
-| step | {{ curve_names | join(" | ") }} |
-|{{ "---|" * (curve_names | length + 1) }}
-{% for row in curve %}| {{ row | join(" | ") }} |
-{% endfor %}{% endif %}
-## Training
-
-{% for name, value in training %}- **{{ name }}**: {{ value }}
-{% endfor %}{% if command %}
-```bash
-{{ command }}
-```
-{% endif %}{% for note in notes %}
-{{ note }}
-{% endfor %}
-## Model
-
-{% for name, value in model %}- **{{ name }}**: {{ value }}
-{% endfor %}
-## Versions
-
-{% for name, value in versions %}- {{ name }} {{ value }}
-{% endfor %}"""
-
-_CURVE = (
-    *("loss", "initial_loss", "final_loss", "energy_gap", "step_size"),
-    *("eval_loss", "eval_perplexity", "eval_psnr"),
-)
-_CURVE_ROWS = 20
-_ARCHITECTURE = (
-    "vocab_size",
-    "image_size",
-    "sample_size",
-    "patch_size",
-    "num_channels",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_layers",
-    "num_attention_heads",
-    "attention_head_dim",
-    "max_position_embeddings",
-    "step_conditioning",
-    "num_landscapes",
-    "candidate_embedding",
-    "update",
-    "image_conditioning",
-    "candidate_init",
-    "reconstruction_loss",
-    "vae_name_or_path",
-)
-_METRICS = {"perplexity": "text-generation", "psnr": "image-to-image"}  # of evaluations, with their tasks
-
-
-def is_image_model(model: "nn.Module") -> bool:
-    """Whether a model takes images and predicts images."""
-    return getattr(model, "main_input_name", None) == "pixel_values"
-
-
-def _number(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    metadata = {name: value for name, value in (given or {}).items() if value is not None}
+    unknown = sorted(set(metadata) - set(GIVEN))
+    if unknown:
+        raise TypeError(f"Unknown argument(s) {', '.join(unknown)} for a model card. Allowed: {', '.join(GIVEN)}.")
+    on_hub = getattr(trainer, "hub_model_id", None) or trainer.args.hub_model_id
+    title = metadata.get("model_name") or (on_hub.split("/")[-1] if on_hub else title)
+    history = trainer.state.log_history
+    return CardFacts(
+        title=title,
+        location=on_hub or title,
+        run=getattr(trainer, "run_facts", None) or RunFacts(),
+        results={name: found for name in sections.RESULTS if (found := _last(history, name)) is not None},
+        history=history,
+        training=_training_options(trainer),
+        versions=installed_versions(),
+        metadata=metadata,
+    )
 
 
 def _last(history: list[dict[str, Any]], name: str) -> Any:
     return next((entry[name] for entry in reversed(history) if name in entry), None)
 
 
-def _versions() -> list[tuple[str, str]]:
-    found = [("Python", platform.python_version())]
-    for name in ("ebt-transformers", "torch", "transformers", "diffusers", "accelerate", "datasets"):
-        try:
-            found.append((name, version(name)))
-        except PackageNotFoundError:
-            continue
-    return found
-
-
-def _curve(history: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    by_step: dict[int, dict[str, Any]] = {}
-    for entry in history:
-        values = {name: entry[name] for name in _CURVE if name in entry}
-        if values:
-            by_step.setdefault(entry["step"], {}).update(values)
-    names = [name for name in _CURVE if any(name in values for values in by_step.values())]
-    steps = sorted(by_step)
-    stride = max(1, -(-len(steps) // _CURVE_ROWS))
-    shown = [step for position, step in enumerate(reversed(steps)) if position % stride == 0][::-1]
-    return names, [[str(step), *(_number(by_step[step].get(name, "")) for name in names)] for step in shown]
-
-
-def _training_facts(trainer: "Trainer", facts: RunFacts, thinks: bool, unit: str) -> list[tuple[str, Any]]:
-    args, state = trainer.args, trainer.state
+def _training_options(trainer: "Trainer") -> dict[str, str]:
+    args, state, model = trainer.args, trainer.state, trained_model(trainer)
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-    rows: list[tuple[str, Any]] = [("data", facts.data or "not recorded")]
-    if thinks:
-        rows.append(("recipe", getattr(args, "recipe", "s1")))
-    rows += [
-        ("steps", f"{state.global_step} of {state.max_steps}, {batch} {unit} each"),
-        (
-            "optimiser",
-            f"{args.optim.value}, weight decay {args.weight_decay}, gradient norm at most {args.max_grad_norm}",
-        ),
-        ("learning rate", f"{args.learning_rate} ({args.lr_scheduler_type.value}, warm-up {args.warmup_steps})"),
-    ]
-    learns = getattr(trainer, "step_size_learning_rate", None)
-    if thinks and learns is not None and getattr(trainer.model.config, "learn_step_size", False):
-        rows.append(("learning rate of the step size", _number(learns())))
-    rows += [("seed", args.seed), ("precision", args.mixed_precision if args.mixed_precision != "no" else "fp32")]
-    return rows
+    rows = "images" if is_image_model(model) else "sequences"
+    options = {"recipe": getattr(args, "recipe", "s1")} if thinks(model) else {}
+    options |= {
+        "steps": f"{state.global_step} of {state.max_steps}, {batch} {rows} each",
+        "optimiser": f"{args.optim.value}, weight decay {args.weight_decay}, "
+        f"gradient norm at most {args.max_grad_norm}",
+        "learning rate": f"{args.learning_rate} ({args.lr_scheduler_type.value}, warm-up {args.warmup_steps})",
+    }
+    step_size_rate = getattr(trainer, "step_size_learning_rate", None)
+    if thinks(model) and step_size_rate is not None and model.config.learn_step_size:
+        options["learning rate of the step size"] = number(step_size_rate())
+    precision = args.mixed_precision if args.mixed_precision != "no" else "fp32"
+    return {**options, "seed": str(args.seed), "precision": precision}
 
 
-def _described(config: Any, model: "nn.Module", name: str) -> Any:
-    """A field of a model's config; of what it wraps, for a twin that has none."""
-    if config is None:
-        config = getattr(getattr(model, "dit", None), "config", None)
-    value = getattr(config, name, None)
-    return None if callable(value) else value
+# ---- from a run to a measurement -------------------------------------------------------------------------------
 
 
-def _explanation(thinks: bool, image: bool, config: Any) -> str:
-    """What the numbers of a card mean."""
-    if not image:
-        after = ", of the prediction after the last thinking step" if thinks else ""
-        return f"The loss is the mean cross-entropy per token in nats{after};\nperplexity is its exponential."
-    if not thinks:
-        return "The loss is the mean squared error of the predicted noise."
-    kind = {"smooth_l1": "smooth L1 distance", "mse": "squared error", "l1": "absolute error"}[
-        config.reconstruction_loss
-    ]
-    of_what = "latents" if config.vae_name_or_path else "pixels (-1..1)"
-    return (
-        f"The loss is the mean {kind} of {of_what} after the last thinking step. PSNR is the mean over images, on\n"
-        "pixels clamped to 0..255. Every image has the same noise in every evaluation."
-    )
+def card_measurement(trainer: "Trainer") -> ThinkingMeasurement | None:
+    """
+    What thinking does on a few validation rows of a trainer; no other process takes part.
+
+    Args:
+        trainer (`transformers.Trainer`): with an `eval_dataset`.
+
+    Returns:
+        [`ThinkingMeasurement`], or `None` where there is nothing to measure: a model that does not think or is spread
+        over processes, no validation data. A measurement that fails is logged and gives `None`, too: the weights are
+        saved, and a card must not cost the rest of the run.
+    """
+    model = trained_model(trainer)
+    if not thinks(model) or trainer.eval_dataset is None or _is_sharded(trainer, model):
+        return None
+    try:
+        with same_random_state(model.device):  # reading rows may draw, too
+            rows = some_rows(trainer.eval_dataset)
+            # the collator that the trainer's own loaders use: it drops columns the model does not take
+            collate = trainer._get_collator_with_removed_columns(trainer.data_collator)
+            return measure_thinking(model, collate(rows)) if rows else None
+    except Exception as error:  # whatever users' data, collators and devices may raise
+        logger.warning(f"The model card has no measurement of thinking: {type(error).__name__}: {error}")
+        return None
+
+
+def _is_sharded(trainer: "Trainer", model: "nn.Module") -> bool:
+    """Whether one process alone cannot run the model."""
+    spread = any(hasattr(parameter, "full_tensor") for parameter in model.parameters())
+    return spread or trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+
+
+# ---- writing ---------------------------------------------------------------------------------------------------
+
+
+def write_card(
+    folder: str | Path,
+    model: "nn.Module",
+    facts: CardFacts,
+    measured: ThinkingMeasurement | None = None,
+    more: Mapping[str, str] | None = None,
+    measured_on: str = "validation data",
+) -> Path:
+    """
+    Write a model card, `README.md`, and its picture, `energy.png`, into a folder with a saved model. Without
+    matplotlib the picture is left out.
+
+    Args:
+        folder (`str` or `Path`): where to write.
+        model (`nn.Module`): the model that is saved there.
+        facts ([`CardFacts`]): what is known of its training.
+        measured ([`ThinkingMeasurement`], *optional*): what thinking does in it.
+        more (mapping of heading to markdown, *optional*): further sections, before the limits.
+        measured_on (`str`, *optional*, defaults to `"validation data"`): the rows of that measurement, in words.
+
+    Returns:
+        `Path` of the card.
+
+    Example:
+
+    ```python
+    >>> import tempfile
+    >>> from ebt_transformers import EBTConfig, EBTForCausalLM
+    >>> from ebt_transformers.training.model_card import CardFacts, RunFacts, write_card
+
+    >>> model = EBTForCausalLM(EBTConfig.from_preset("4xs", vocab_size=32))
+    >>> facts = CardFacts("tiny", "me/tiny", RunFacts(data="a book", license="apache-2.0"))
+    >>> write_card(tempfile.mkdtemp(), model, facts).name
+    'README.md'
+    ```
+    """
+    from huggingface_hub import ModelCard
+
+    folder = Path(folder)
+    text: dict[str, str] = {"Use": sections.use(model, facts.location, _carries_code(folder, model))}
+    if facts.results or facts.history:
+        text["Results"] = sections.results(facts, model)
+    if thinks(model):
+        plot = None if measured is None else _draw(measured, folder / PLOT)
+        text["Thinking longer"] = thinking(model, facts.location, measured, plot, measured_on)
+        text["What thinking costs"] = cost(model, measured)
+    text |= more or {}
+    text |= {
+        "Limits": sections.limits(facts, model),
+        "Training": sections.training(facts),
+        "Model": sections.architecture(model),
+        "Versions": sections.versions(facts),
+    }
+    licence = facts.metadata.get("license") or facts.run.license
+    if licence and "Licence" not in text:
+        text["Licence"] = f"The weights are under the licence `{licence}`."
+    text["Citation"] = sections.citation(facts)
+    body = "\n\n".join(f"## {heading}\n\n{content}" for heading, content in text.items() if content)
+    head = card_metadata(facts, model, "peft" if (folder / "adapter_config.json").is_file() else _library(model))
+    card = ModelCard(f"---\n{head.to_yaml()}\n---\n\n# {facts.title}\n\n{sections.summary(model)}\n\n{body}\n")
+    card.save(folder / CARD)
+    return folder / CARD
+
+
+def _library(model: "nn.Module") -> str:
+    """What loads the saved model: a DiT twin is saved as diffusers does."""
+    return "diffusers" if hasattr(model, "dit") else "transformers"
+
+
+def _carries_code(folder: Path, model: "nn.Module") -> bool:
+    """Whether a saved model brings its code; of one that is not saved yet, whether it will."""
+    config = folder / "config.json"
+    if config.is_file():
+        return "auto_map" in json.loads(config.read_text(encoding="utf-8"))
+    return not (folder / "adapter_config.json").is_file() and getattr(model, "_auto_class", None) is not None
+
+
+def _draw(measured: ThinkingMeasurement, path: Path) -> str | None:
+    try:
+        draw_thinking(measured, path)
+    except ImportError:
+        return None
+    return path.name
 
 
 def write_model_card(trainer: "Trainer", folder: str | Path, **card_data: Any) -> Path:
     """
-    Write `README.md` into a folder with a saved model.
+    Write the card of a trainer's model (see [`write_card`]) into a folder where it is saved.
 
     Args:
-        trainer (`transformers.Trainer`): the trainer; its log history holds the losses, its `run_facts` the rest.
+        trainer (`transformers.Trainer`): the trainer; its log history holds the losses, its `run_facts` the rest. On a
+            few rows of its `eval_dataset`, if it has one, thinking is measured.
         folder (`str` or `Path`): where to write.
         card_data: what `Trainer.create_model_card` takes; wins over what is written otherwise.
 
     Returns:
-        `Path` of the file.
+        `Path` of the card.
+
+    Raises:
+        TypeError: for something that `create_model_card` does not take.
     """
-    from huggingface_hub import EvalResult, ModelCard, ModelCardData
-
-    facts: RunFacts = getattr(trainer, "run_facts", None) or RunFacts()
-    given = {name: value for name, value in card_data.items() if value is not None}
-    config = getattr(trainer.model, "config", None)
-    thinks = hasattr(config, "num_landscapes")
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    image = is_image_model(model)
-    task = "image-to-image" if image else "text-generation"
-    history = trainer.state.log_history
-    title = given.get("model_name") or Path(folder).resolve().name
-    results: list[tuple[str, Any]] = []
-    evaluated: list[EvalResult] = []
-    labels = {
-        "train_loss": "training loss, mean over the run",
-        "initial_loss": "training loss after the first thinking step, at the end",
-        "final_loss": "training loss after the last thinking step, at the end",
-        "eval_loss": "validation loss",
-        "eval_perplexity": "validation perplexity",
-        "eval_psnr": "validation PSNR in dB",
-        "test_loss": "test loss",
-        "test_perplexity": "test perplexity",
-        "test_psnr": "test PSNR in dB",
-    }
-    dataset = given.get("dataset") or facts.dataset or facts.data or "not recorded"
-    for name, label in labels.items():
-        value = _last(history, name)
-        if value is None:
-            continue
-        results.append((label, _number(value)))
-        prefix, metric = name.split("_", 1)
-        if metric in _METRICS:
-            split = "validation" if prefix == "eval" else "test"
-            evaluated.append(
-                EvalResult(
-                    task_type=_METRICS[metric],
-                    dataset_type=str(facts.dataset or ("images" if image else "text")),
-                    dataset_name=str(dataset),
-                    dataset_split=split,
-                    metric_type=metric,
-                    metric_name=f"{split} {metric}",
-                    metric_value=float(value),
-                )
-            )
-    names, rows = _curve(history)
-    tags = [given["tags"]] if isinstance(given.get("tags"), str) else list(given.get("tags", []))
-    tags += [tag for tag in (["energy-based-model", "ebt"] if thinks else []) if tag not in tags]
-    on_hub = given.get("dataset_tags") or facts.dataset
-    data = ModelCardData(
-        model_name=title,
-        library_name="transformers",
-        pipeline_tag=given.get("tasks") if isinstance(given.get("tasks"), str) else task,
-        language=given.get("language"),
-        license=given.get("license") or facts.license,
-        base_model=given.get("finetuned_from") or facts.base_model,
-        datasets=[on_hub] if isinstance(on_hub, str) else on_hub,
-        tags=tags or None,
-        eval_results=evaluated or None,
-        ignore_metadata_errors=True,
-    )
-    kind = type(model).__name__
-    explanation = _explanation(thinks, image, config)
-    if thinks and image:
-        summary = (
-            f"An Energy-Based Transformer (`{kind}`, arXiv 2507.02092): it gives every image an energy and denoises "
-            "by lowering it, one gradient step per thinking step."
-        )
-    elif image:
-        summary = (
-            "A Diffusion Transformer trained to predict noise, the twin an Energy-Based Transformer is compared with "
-            "(arXiv 2507.02092)."
-        )
-    elif thinks:
-        summary = (
-            f"An Energy-Based Transformer (`{kind}`, arXiv 2507.02092): it gives every continuation an energy and "
-            "predicts by lowering it, one gradient step per thinking step."
-        )
-    else:
-        summary = f"A language model (`{kind}`) trained with the ebt-transformers training script."
-    parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
-    card = ModelCard.from_template(
-        data,
-        template_str=TEMPLATE,
-        title=title,
-        summary=summary,
-        location=title,
-        thinks=thinks,
-        image=image,
-        explanation=explanation,
-        results=results,
-        curve_names=names,
-        curve=rows,
-        training=_training_facts(trainer, facts, thinks, "images" if image else "sequences"),
-        command=facts.command,
-        notes=facts.notes,
-        model=[
-            ("parameters", f"{parameters:,}"),
-            *((name, value) for name in _ARCHITECTURE if (value := _described(config, model, name)) is not None),
-        ],
-        versions=_versions(),
-    )
-    path = Path(folder) / "README.md"
-    card.save(path)
-    return path
+    facts = card_facts(trainer, Path(folder).resolve().name, card_data)
+    return write_card(folder, trained_model(trainer), facts, card_measurement(trainer))
 
 
-__all__ = ["RunFacts", "is_image_model", "write_model_card"]
+__all__ = [
+    "CardFacts",
+    "RunFacts",
+    "card_facts",
+    "card_measurement",
+    "hub_ids",
+    "is_image_model",
+    "write_card",
+    "write_model_card",
+]
