@@ -7,7 +7,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 
-LIBRARIES = ("torch", "transformers", "accelerate", "datasets", "peft", "tokenizers", "huggingface-hub", "safetensors")
+LIBRARIES = (
+    *("torch", "transformers", "accelerate", "datasets", "peft", "tokenizers", "huggingface-hub", "safetensors"),
+    *("diffusers", "evaluate", "trl", "lm_eval", "gradio"),
+)
 NOT_INSTALLED = "not installed"
 
 

@@ -385,3 +385,13 @@ def test_stopping_compares_rules_on_the_same_descents(script, denoisers, tmp_pat
     found = {row["rule"]: row["psnr"][0] for row in map(json.loads, (tmp_path / "s.jsonl").read_text().splitlines())}
     assert set(found) == {"1 step", "2 steps", *(f"share {share:g}" for share in stopping.SHARES)}
     assert "## Energies" in text
+
+
+@pytest.mark.slow
+def test_importing_the_package_costs_at_most_a_fifth_of_transformers_and_torch(script, tmp_path):
+    path = tmp_path / "import_time.jsonl"
+    script("import_time").main(["--repeats", "3", "--results", str(path), "--threads", "1"])
+    ratios = {row["work"]: row["ratio"] for row in rows_of(path)}
+    assert ratios["import torch, transformers"] == 1
+    assert ratios["import torch, transformers, ebt_transformers"] < 1.2
+    assert ratios["import ebt_transformers"] < 0.2
