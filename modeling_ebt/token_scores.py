@@ -129,6 +129,20 @@ def score_tokens(
 
     Raises:
         ValueError: without labels.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from ebt_transformers import EBTConfig, EBTForCausalLM
+    >>> from ebt_transformers.modeling_ebt.token_scores import score_tokens
+
+    >>> model = EBTForCausalLM(EBTConfig.from_preset("4xs", vocab_size=32)).eval()
+    >>> ids = torch.tensor([[1, 2, 3, 4]])
+    >>> scores = score_tokens(model, ["entropy"], labels=ids, input_ids=ids, thinking_steps=4)
+    >>> scores.log_probs.shape, scores.entropy.shape
+    (torch.Size([1, 3]), torch.Size([1, 3]))
+    ```
     """
     if labels is None and shift_labels is None:
         raise ValueError("Scoring tokens needs `labels` (or `shift_labels`): the tokens to score.")
