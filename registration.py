@@ -98,6 +98,10 @@ def _pipelines(pipelines: Any, ours: Any) -> None:
     )
 
 
+def _adapters(constants: Any, ours: Any) -> None:
+    ours.register_with_peft(constants)
+
+
 _AUTO = "transformers.models.auto"
 REGISTRATIONS = (
     Registration(f"{_AUTO}.configuration_auto", f"{__package__}.configuration", _configs),
@@ -106,6 +110,7 @@ REGISTRATIONS = (
         f"{_AUTO}.image_processing_auto", f"{__package__}.modeling_ebt.image_processing_ebt", _image_processors
     ),
     Registration("transformers.pipelines", f"{__package__}.pipelines.image_denoising", _pipelines),
+    Registration("peft.utils.constants", f"{__package__}.training.adapters", _adapters),
 )
 _imported: set[str] = set()
 

@@ -16,8 +16,10 @@ and test data there is (`all_results.json`), and saved with tokenizer, generatio
 import shlex
 import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .adapters import MERGED_FOLDER, AdapterArguments, add_adapter, check_adapter_arguments, save_merged
 from .script import (
     Refusal,
     RunArguments,
@@ -33,6 +35,7 @@ from .script import (
     parse_overrides,
     refusing_bad_values,
     say,
+    say_size,
     start_point,
     wanted_phases,
 )
@@ -107,6 +110,9 @@ class ModelArguments:
     )
     update: str | None = field(
         default=None, metadata={"help": "replace (as the official code) or residual (keeps what earlier steps found)."}
+    )
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Run the code that comes with --model_name_or_path or --tokenizer_name."}
     )
     attn_implementation: str | None = field(default=None, metadata={"help": "Attention: sdpa (default) or eager."})
 
@@ -186,6 +192,8 @@ def _training_class() -> "type[EBTTrainingArguments]":
 def _check_arguments(model: ModelArguments, data: DataArguments, training: "EBTTrainingArguments") -> None:
     """Refuses combinations of which one half would be ignored."""
     check_architecture_options(model, training, ("preset", "twin", "config_overrides", *EBT_ONLY), EBT_ONLY)
+    if model.trust_remote_code and model.model_name_or_path is None and data.tokenizer_name is None:
+        raise Refusal("--trust_remote_code has an effect with --model_name_or_path or --tokenizer_name only.")
     files = given_data_files(data)
     if files and data.train_file is None:
         raise Refusal(f"{as_flags(files)} needs --train_file.")
@@ -235,8 +243,11 @@ def _build_model(model: ModelArguments, config: "PreTrainedConfig | None") -> "P
     import torch
     from transformers import AutoModelForCausalLM
 
-    options = {} if model.attn_implementation is None else {"attn_implementation": model.attn_implementation}
+    options: dict[str, Any] = {}
+    if model.attn_implementation is not None:
+        options["attn_implementation"] = model.attn_implementation
     if config is None:
+        options["trust_remote_code"] = model.trust_remote_code
         # full precision weights: mixed precision is the Trainer's --bf16 and --fp16
         return AutoModelForCausalLM.from_pretrained(model.model_name_or_path, dtype=torch.float32, **options)
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32, **options)
@@ -256,7 +267,9 @@ def _load_tokenizer(model: ModelArguments, data: DataArguments) -> "PreTrainedTo
             "Say how to cut the text into tokens: --tokenizer_name with a folder or Hub id (the paper: "
             f"EleutherAI/gpt-neox-20b), or {EMBEDDED} for the small embedded one."
         )
-    return AutoTokenizer.from_pretrained(str(checkpoint_path()) if name == EMBEDDED else name)
+    if name == EMBEDDED:
+        return AutoTokenizer.from_pretrained(str(checkpoint_path()))
+    return AutoTokenizer.from_pretrained(name, trust_remote_code=model.trust_remote_code)
 
 
 # ---- data ------------------------------------------------------------------------------------------------------
@@ -367,8 +380,9 @@ def _evaluate(trainer: "EBTTrainer", rows: Any, split: str) -> None:
 
 
 def _run(argv: list[str]) -> None:
-    own = (ModelArguments, DataArguments, RunArguments)
-    model_args, data_args, run_args, training_args = parse_command_line(argv, "clm", __doc__, own, _training_class)
+    own = (ModelArguments, AdapterArguments, DataArguments, RunArguments)
+    parsed = parse_command_line(argv, "clm", __doc__, own, _training_class)
+    model_args, adapter_args, data_args, run_args, training_args = parsed
     from transformers import AutoConfig, set_seed
 
     from ..configuration import PRESETS
@@ -379,7 +393,8 @@ def _run(argv: list[str]) -> None:
     if not given_options(data_args, ("dataset_name", "train_file", "validation_file", "test_file")):
         data_args.dataset_name = EMBEDDED
     _check_arguments(model_args, data_args, training_args)
-    checkpoint = start_point(training_args, run_args.overwrite)
+    check_adapter_arguments(adapter_args, model_args, training_args)
+    checkpoint = start_point(training_args, run_args.overwrite, adapter=adapter_args.peft is not None)
     train, validate, test = wanted_phases(argv, training_args)
     finished = finished_weights(checkpoint, training_args) if checkpoint else None
     if train and finished:
@@ -406,7 +421,9 @@ def _run(argv: list[str]) -> None:
             config = _new_config(model_args, training_args, tokenizer, block_size + (0 if data_args.packing else 1))
     else:
         config = None
-        known = AutoConfig.from_pretrained(model_args.model_name_or_path)
+        known = AutoConfig.from_pretrained(
+            model_args.model_name_or_path, trust_remote_code=model_args.trust_remote_code
+        )
         block_size = _block_size(data_args, getattr(known, "max_position_embeddings", None))
 
     with training_args.main_process_first(desc="reading the data"), refusing_bad_values():
@@ -421,6 +438,9 @@ def _run(argv: list[str]) -> None:
             f"The tokenizer has {len(tokenizer)} tokens, the model {model.config.vocab_size}. Use the model's own "
             "tokenizer."
         )
+    if adapter_args.peft is not None:
+        with refusing_bad_values():
+            model = add_adapter(model, adapter_args, task_type="CAUSAL_LM")
     if training_args.eval_strategy != "no" and "validation" not in rows:
         raise Refusal("--eval_strategy needs validation data: --validation_file or --validation_split_percentage.")
     streams_padded = data_args.streaming and not data_args.packing  # rows of several processes need one length
@@ -440,7 +460,7 @@ def _run(argv: list[str]) -> None:
     )
     if checkpoint is not None:
         check_same_model(checkpoint, model)
-    say(f"{type(model).__name__}: {sum(p.numel() for p in model.parameters()):,} parameters.")
+    say_size(model)
     if train:
         result = trainer.train(resume_from_checkpoint=checkpoint or False)
         trainer.log_metrics("train", result.metrics)
@@ -457,6 +477,8 @@ def _run(argv: list[str]) -> None:
         say(f"Saved to {training_args.output_dir}.")
         if training_args.push_to_hub:
             trainer.push_to_hub()
+    if adapter_args.peft_merge:
+        save_merged(trainer, Path(training_args.output_dir) / MERGED_FOLDER)
     # several processes: one that ends while threads of its group still run is aborted
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .adapters import MERGED_FOLDER, AdapterArguments, add_adapter, check_adapter_arguments, save_merged
 from .script import (
     Refusal,
     RunArguments,
@@ -32,6 +33,7 @@ from .script import (
     parse_overrides,
     refusing_bad_values,
     say,
+    say_size,
     start_point,
     wanted_phases,
 )
@@ -69,6 +71,9 @@ class ModelArguments:
 
     model_name_or_path: str | None = field(
         default=None, metadata={"help": "Train this model further: a folder or a Hub id. Default: a new model."}
+    )
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Run the code that comes with --model_name_or_path."}
     )
     preset: str | None = field(
         default=None,
@@ -217,6 +222,8 @@ def _check_arguments(
     """Refuses combinations of which one half would be ignored."""
     of_new = ("preset", "twin", "config_overrides", *SHAPE, *EBT_ONLY, "vae_name_or_path")
     check_architecture_options(model, training, of_new, EBT_ONLY)
+    if model.trust_remote_code and model.model_name_or_path is None:
+        raise Refusal("--trust_remote_code has an effect with --model_name_or_path only.")
     if model.twin:
         if noise.random_noise_level is not None:
             raise Refusal(
@@ -296,7 +303,9 @@ def _build_model(model: ModelArguments, config: "EBTImageConfig", max_timestep: 
 
     if model.model_name_or_path is not None:
         # full precision weights: mixed precision is the Trainer's --bf16 and --fp16
-        return AutoModelForImageToImage.from_pretrained(model.model_name_or_path, dtype=torch.float32)
+        return AutoModelForImageToImage.from_pretrained(
+            model.model_name_or_path, dtype=torch.float32, trust_remote_code=model.trust_remote_code
+        )
     if model.twin:
         from .dit_twin import DiTTwin, new_dit
 
@@ -410,9 +419,9 @@ def _save(trainer: "EBTTrainer") -> None:
 
 
 def _run(argv: list[str]) -> None:
-    own = (ModelArguments, DataArguments, NoiseArguments, RunArguments)
+    own = (ModelArguments, AdapterArguments, DataArguments, NoiseArguments, RunArguments)
     parsed = parse_command_line(argv, "denoise", __doc__, own, _training_class)
-    model_args, data_args, noise_args, run_args, training_args = parsed
+    model_args, adapter_args, data_args, noise_args, run_args, training_args = parsed
     _check_arguments(model_args, data_args, noise_args, training_args)
     try:
         import diffusers  # noqa: F401
@@ -429,7 +438,8 @@ def _run(argv: list[str]) -> None:
     from .model_card import RunFacts
     from .trainer import EBTTrainer
 
-    checkpoint = start_point(training_args, run_args.overwrite)
+    check_adapter_arguments(adapter_args, model_args, training_args)
+    checkpoint = start_point(training_args, run_args.overwrite, adapter=adapter_args.peft is not None)
     if checkpoint is not None and noise_args.ema_decay is None and (Path(checkpoint) / EMA_FILE).is_file():
         raise Refusal(f"{checkpoint} keeps an average of the weights. Go on with its --ema_decay, or --overwrite.")
     train, validate, test = wanted_phases(argv, training_args)
@@ -446,7 +456,9 @@ def _run(argv: list[str]) -> None:
         with refusing_bad_values():
             config = _new_config(model_args, training_args, vae)
     else:
-        config = AutoConfig.from_pretrained(model_args.model_name_or_path)
+        config = AutoConfig.from_pretrained(
+            model_args.model_name_or_path, trust_remote_code=model_args.trust_remote_code
+        )
         if config.model_type != "ebt_image":
             raise Refusal(f"{model_args.model_name_or_path} is a {config.model_type} model, not one for images.")
         vae = config.vae_name_or_path and _load_vae(config.vae_name_or_path, training_args)
@@ -473,6 +485,8 @@ def _run(argv: list[str]) -> None:
         )
         averages = [] if noise_args.ema_decay is None else [EMACallback(noise_args.ema_decay)]
         model = _build_model(model_args, config, max_timestep)
+        if adapter_args.peft is not None:
+            model = add_adapter(model, adapter_args)
     if training_args.eval_strategy != "no" and "validation" not in images:
         raise Refusal("--eval_strategy needs validation data: --validation_file or --validation_split_percentage.")
     source = data_args.dataset_name or " ".join(data_args.train_file or [])
@@ -497,7 +511,7 @@ def _run(argv: list[str]) -> None:
         )
     if checkpoint is not None:
         check_same_model(checkpoint, model)
-    say(f"{type(model).__name__}: {sum(p.numel() for p in model.parameters()):,} parameters.")
+    say_size(model)
     if train:
         result = trainer.train(resume_from_checkpoint=checkpoint or False)
         trainer.log_metrics("train", result.metrics)
@@ -517,6 +531,8 @@ def _run(argv: list[str]) -> None:
         say(f"Saved to {training_args.output_dir}.")
         if training_args.push_to_hub:
             trainer.push_to_hub()
+    if adapter_args.peft_merge:
+        save_merged(trainer, Path(training_args.output_dir) / MERGED_FOLDER)
     # several processes: one that ends while threads of its group still run is aborted
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()

@@ -4,7 +4,7 @@ import os
 import re
 from argparse import RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
     from .arguments import EBTTrainingArguments
+
+
+ADAPTER_CONFIG = "adapter_config.json"
 
 
 @dataclass
@@ -94,6 +97,22 @@ def say(message: str) -> None:
         print(message, flush=True)
 
 
+def say_size(model: "nn.Module") -> None:
+    """Tells what is trained, and how much of it where that is a part only."""
+    from .adapters import is_adapted
+
+    sizes = [parameter.numel() for parameter in model.parameters()]
+    if not is_adapted(model):
+        say(f"{type(model).__name__}: {sum(sizes):,} parameters.")
+        return
+    trained, everything = model.get_nb_trainable_parameters()
+    kind = model.peft_config[model.active_adapter].peft_type.value
+    say(
+        f"{type(model.get_base_model()).__name__} with {kind}: {everything:,} parameters, {trained:,} of them trained "
+        f"({trained / everything:.2%})."
+    )
+
+
 def given_options(arguments: Any, names: tuple[str, ...]) -> list[str]:
     """Which of the options differ from their default."""
     defaults = {item.name: item.default if item.default is not MISSING else None for item in fields(arguments)}
@@ -117,6 +136,7 @@ def check_architecture_options(
         of_ebt (`tuple[str, ...]`): of these, names of those that mean nothing to the twin.
     """
     if model.model_name_or_path is not None:
+        _check_no_adapter(model.model_name_or_path)
         unused = given_options(model, of_new)
         if unused:
             raise Refusal(
@@ -132,6 +152,18 @@ def check_architecture_options(
         if unused:
             raise Refusal(
                 f"{as_flags(unused)} means nothing to the twin, which does not think. Leave out one or the other."
+            )
+
+
+def _check_no_adapter(name: str) -> None:
+    """Refuses an adapter as the model to start from: transformers would load it as a part of the model."""
+    from transformers.utils import find_adapter_config_file
+
+    with suppress(OSError):  # no such repository, or no network: what loads the model says so
+        if find_adapter_config_file(name) is not None:
+            raise Refusal(
+                f"--model_name_or_path {name} is an adapter. To train it further start the command it was made with; "
+                "to build on it give the merged model (--peft_merge)."
             )
 
 
@@ -163,11 +195,12 @@ def wanted_phases(argv: list[str], training: "EBTTrainingArguments") -> tuple[bo
 # ---- output folder ---------------------------------------------------------------------------------------------
 
 
-def start_point(training: "EBTTrainingArguments", overwrite: bool) -> str | None:
-    """The checkpoint to go on from; decides what may happen to the output folder."""
+def start_point(training: "EBTTrainingArguments", overwrite: bool, adapter: bool = False) -> str | None:
+    """The checkpoint to go on from; decides what may happen to the output folder (`adapter`: one will be saved)."""
     from .trainer import TRAINER_STATE, find_last_checkpoint
 
     folder = Path(training.output_dir)
+    _check_kind_of_weights(folder, adapter)
     asked = training.resume_from_checkpoint
     if asked and overwrite:
         raise Refusal("--resume_from_checkpoint and --overwrite contradict each other. Give one of them.")
@@ -214,10 +247,28 @@ def finished_weights(checkpoint: str, training: "EBTTrainingArguments") -> str |
     return best if training.load_best_model_at_end and best and Path(best).is_dir() else checkpoint
 
 
+def _check_kind_of_weights(folder: str | Path, adapter: bool) -> None:
+    """Refuses a folder with an adapter for a full model, and the other way round: loading would mix the two."""
+    kinds = {False: "a full model", True: "an adapter"}
+    found = {False: any(Path(folder).glob("model*.safetensors*")), True: (Path(folder) / ADAPTER_CONFIG).is_file()}
+    if found[not adapter]:
+        raise Refusal(
+            f"{folder} holds {kinds[not adapter]}, and {kinds[adapter]} is asked for (--peft). Start the command it "
+            "was made with, or choose another --output_dir."
+        )
+
+
 def check_same_model(checkpoint: str, model: "nn.Module") -> None:
     """Refuses a checkpoint with the weights of another model, which the Trainer would load in parts or not at all."""
     from safetensors import safe_open
 
+    from .adapters import check_same_adapter, is_adapted
+
+    adapter = is_adapted(model)
+    _check_kind_of_weights(checkpoint, adapter)
+    if adapter:
+        check_same_adapter(checkpoint, model)
+        return
     path = Path(checkpoint) / "model.safetensors"
     if not path.is_file():  # in several parts, or of another kind
         return
@@ -291,6 +342,7 @@ __all__ = [
     "parse_overrides",
     "refusing_bad_values",
     "say",
+    "say_size",
     "start_point",
     "wanted_phases",
 ]

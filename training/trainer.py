@@ -1,6 +1,7 @@
 """`EBTTrainer`: the Hugging Face Trainer for models that think by descending an energy."""
 
 import json
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -14,12 +15,14 @@ from transformers import EarlyStoppingCallback, Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput
 
 from ..modeling_ebt.losses import perplexity
+from .adapters import check_adapters
 from .ema import EMACallback
 from .model_card import RunFacts, is_image_model, write_model_card
 from .quality import image_psnr
 
 
-STEP_SIZE_NAME = "step_size.value"
+# the parameter of the step size; beside an adapter its trained copy, not the original kept for when it is switched off
+STEP_SIZE_NAME = re.compile(r"(?:^|\.)step_size\.(?:modules_to_save\.[^.]+\.)?value$")
 STEP_SIZE_LR_PER_STEP_SIZE = 3.0  # the paper's rule, p. 42
 TRAINER_STATE = "trainer_state.json"
 WEIGHT_FILES = ("*.safetensors", "*.bin")
@@ -99,6 +102,8 @@ class EBTTrainer(Trainer):
     - **checkpoints that survive**: weights are written beside the old ones and then put in their place; a checkpoint
       that cannot be written (full disk) is removed and the one before stays the last.
     - **a model card** (`README.md`) whenever `save_model()` is called.
+    - **adapters**: a `PeftModel` trains and is saved as with the parent, and all of the above holds for it; the step
+      size learns beside the adapter with `modules_to_save=["step_size"]`.
 
     Args:
         *args, **kwargs: as for `transformers.Trainer`. `args` is an [`EBTTrainingArguments`], or plain
@@ -107,7 +112,8 @@ class EBTTrainer(Trainer):
 
     Raises:
         ValueError: if the model's config contradicts the recipe, `label_smoothing_factor` is used with an energy-based
-            model, or `step_size_lr_multiplier` is given and the model learns no step size.
+            model, `step_size_lr_multiplier` is given and the model learns no step size, or an adapter changes one of
+            the two uses of a table that tokens and candidates share.
 
     Example:
 
@@ -152,12 +158,14 @@ class EBTTrainer(Trainer):
         if multiplier is not None and not any(p.requires_grad for p in self._step_size_parameters(self.model)):
             raise ValueError(
                 f"`step_size_lr_multiplier={multiplier}` was given, but {type(self.model).__name__} learns no step "
-                "size. Leave it out, or set `learn_step_size=True` in the model's config."
+                "size. Leave it out, or set `learn_step_size=True` in the model's config (with an adapter: "
+                "`modules_to_save=['step_size']`)."
             )
+        check_adapters(self.model)
 
     @staticmethod
     def _step_size_parameters(model: nn.Module) -> list[nn.Parameter]:
-        return [parameter for name, parameter in model.named_parameters() if name.endswith(STEP_SIZE_NAME)]
+        return [parameter for name, parameter in model.named_parameters() if STEP_SIZE_NAME.search(name)]
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Names of the parameters with weight decay: matrices, which the parent's rule alone would not guarantee."""
@@ -430,6 +438,7 @@ class EBTTrainer(Trainer):
         # written beside and moved: a save that fails half-way leaves the files of the last one as they were
         with tempfile.TemporaryDirectory(prefix=".saving-", dir=target) as scratch:
             super()._save(scratch, state_dict)
+            (Path(scratch) / "README.md").unlink(missing_ok=True)  # peft's, which knows nothing of the run
             new = sorted(Path(scratch).iterdir())
             names = {path.name for path in new}
             for path in new:
