@@ -4,8 +4,9 @@
     python -m ebt_transformers.assets.record_image_results --data test.parquet
 
 Test results are measured by benchmarks/denoising.py; the first command takes them from its rows (the means over seeds)
-into `results.json`. The second measures a small sample of the same test set, which the test suite measures again. Both
-write the table of the model card from `results.json`, as does a call without options after a change by hand.
+into `results.json`. The second measures a small sample of the same test set, which the test suite measures again, and
+on it what thinking does. Both write the model card (`README.md`, `energy.png`) from `results.json`, as does a call
+without options after a change by hand.
 """
 
 import argparse
@@ -18,7 +19,9 @@ from typing import Any
 from . import image_checkpoint_path
 
 
-HEADING, NEXT_HEADING = "## Test results\n", "\n## Training\n"
+HEADING = "Test results"  # a section of the card
+LICENCE = """The weights are under Apache-2.0, as the package is. CIFAR-10 (Krizhevsky 2009) is no part of it; the
+terms of that data set apply to it."""
 SAMPLE_IMAGES, SAMPLE_LEVELS, SAMPLE_STEPS = 16, (0.1, 0.2), (1, 3)
 STARTS = {"paper": ", from the last timestep as the paper does", "fair": ", from the timestep of that noise", "": ""}
 
@@ -59,7 +62,6 @@ def card_table(results: dict[str, Any]) -> str:
         f"A pass is a thinking step of the EBT ({ebt:.2f} M parameters), forward and backward, or a forward pass of\n"
         f"its Diffusion Transformer twin ({dit:.2f} M parameters; the same data, updates and feed-forward width).\n\n"
         + "\n".join(lines)
-        + "\n"
     )
 
 
@@ -90,13 +92,36 @@ def _decoded(rows: Iterable[dict[str, Any]]) -> list[Any]:
     return [Image.open(io.BytesIO(row["image"]["bytes"])).convert("RGB") for row in rows]
 
 
+def sample_thinking(data: str, level: float) -> dict[str, Any]:
+    """What thinking does to the first images of a file, with noise of that level."""
+    from dataclasses import asdict
+
+    from ..demo_image import load_denoiser
+    from ..training.card_measurements import measure_thinking
+    from ..training.images import Images, NoisyImageCollator, load_image_files, select_images
+
+    model = load_denoiser(device="cpu").model
+    (table,) = load_image_files({"data": [data]}).values()
+    images = Images(select_images(table), model.config.height_and_width, training=False)
+    batch = NoisyImageCollator(level)([images[index] for index in range(SAMPLE_IMAGES)])
+    return asdict(measure_thinking(model, batch))
+
+
 def write(folder: Path, results: dict[str, Any]) -> None:
-    """Writes `results.json`, and its table into the card."""
+    """Writes `results.json`, and the card from it."""
+    from ..demo_image import load_denoiser
+    from ..training.card_measurements import ThinkingMeasurement
+    from ..training.model_card import CardFacts, write_card
+
     (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    card = folder / "README.md"
-    before, rest = card.read_text(encoding="utf-8").split(HEADING, 1)
-    after = rest.split(NEXT_HEADING, 1)[1]
-    card.write_text(f"{before}{HEADING}\n{card_table(results)}{NEXT_HEADING}{after}", encoding="utf-8")
+    write_card(
+        folder,
+        load_denoiser(str(folder), device="cpu").model,
+        CardFacts.from_dict(results["card"]),
+        ThinkingMeasurement.from_dict(results["thinking"]),
+        {HEADING: card_table(results), "Licence": LICENCE},
+        f"lossless CIFAR-10 test set, noise level {results['trained_noise_level']:g},",
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -120,6 +145,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         results["dit"]["psnr"] = results_of(rows, options.dit)
     if options.data is not None:
         results["sample"] = {"images": SAMPLE_IMAGES, "psnr": sample_psnr(options.data)}
+        results["thinking"] = sample_thinking(options.data, results["trained_noise_level"])
     write(options.folder, results)
 
 

@@ -5,12 +5,13 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult, ModelCardData
     from torch import nn
+    from transformers import PreTrainedModel
 
 TAGS = ("ebt", "energy-based-model")
 TASKS = {"perplexity": "text-generation", "psnr": "image-to-image"}  # what an evaluation's metric belongs to
@@ -93,7 +94,7 @@ def is_image_model(model: "nn.Module") -> bool:
     return getattr(model, "main_input_name", None) == "pixel_values"
 
 
-def thinks(model: "nn.Module") -> bool:
+def thinks(model: "nn.Module") -> "TypeGuard[PreTrainedModel]":
     """Whether a model predicts by descending an energy."""
     return hasattr(getattr(model, "config", None), "num_landscapes")
 

@@ -4,6 +4,7 @@ import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import IterableDataset
 from torch.utils.flop_counter import flop_registry
+from transformers import PreTrainedModel
 
 from .card_facts import is_image_model
 from .quality import image_psnr
@@ -127,7 +129,7 @@ def some_rows(dataset: Any, count: int = ROWS) -> list[Any]:
     return [] if rows is dataset else list(islice(rows, count))
 
 
-def bounded(batch: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+def bounded(batch: Mapping[str, Tensor], model: PreTrainedModel) -> dict[str, Tensor]:
     """A batch of at most 512 tokens, or images of at most 1024 patches (one image at least), on the model's device."""
     tensors = {name: value for name, value in batch.items() if isinstance(value, Tensor)}
     if is_image_model(model):
@@ -139,7 +141,7 @@ def bounded(batch: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     return {name: value[:rows].to(model.device) for name, value in tensors.items()}
 
 
-def _patches(images: Tensor, model: nn.Module) -> int:
+def _patches(images: Tensor, model: PreTrainedModel) -> int:
     """Patches of one image."""
     height, width = images.shape[-2:]
     return height * width // model.config.patch_size**2
@@ -148,7 +150,7 @@ def _patches(images: Tensor, model: nn.Module) -> int:
 # ---- cost ------------------------------------------------------------------------------------------------------
 
 
-def thinking_passes(model: nn.Module, steps: int) -> tuple[int, int]:
+def thinking_passes(model: PreTrainedModel, steps: int) -> tuple[int, int]:
     """
     Forward and backward passes of the transformer for one prediction with so many thinking steps: a text model reads
     its context once per landscape, and then every step is one forward and one backward pass of the candidates.
@@ -179,7 +181,7 @@ def count_flops(call: Callable[[], Any]) -> int:
     return counter.total
 
 
-def relative_flops(model: nn.Module, batch: Mapping[str, Tensor], steps: list[int]) -> tuple[list[float], int]:
+def relative_flops(model: PreTrainedModel, batch: Mapping[str, Tensor], steps: list[int]) -> tuple[list[float], int]:
     """
     Operations of a prediction by steps, in units of one forward pass of the same transformer (for text with an output
     layer), which is what a model of this size costs that does not think.
@@ -196,22 +198,22 @@ def relative_flops(model: nn.Module, batch: Mapping[str, Tensor], steps: list[in
         images = batch["pixel_values"][:1]
         # what the image is conditioned on costs the same whatever it is
         context = {"noisy_pixel_values": images} if model.config.image_conditioning == "noisy_image" else {}
-        once = count_flops(lambda: model.model(images.to(model.dtype), **context))
-        counts = [count_flops(lambda n=n: model(images, thinking_steps=n, thinking_candidates=1)) for n in steps]
+        once = count_flops(partial(model.model, images.to(model.dtype), **context))
+        counts = [count_flops(partial(model, images, thinking_steps=n, thinking_candidates=1)) for n in steps]
         return [count / once for count in counts], _patches(images, model)
     ids = batch["input_ids"][:1, :COUNTED_TOKENS]
     config = model.config
     output_layer = 2 * ids.shape[1] * config.hidden_size * config.vocab_size
-    once = output_layer + count_flops(lambda: model.model(input_ids=ids, num_landscapes=1, use_cache=False))
+    once = output_layer + count_flops(partial(model.model, input_ids=ids, num_landscapes=1, use_cache=False))
     options = {"use_cache": False, "thinking_candidates": 1}
-    counts = [count_flops(lambda n=n: model(input_ids=ids, thinking_steps=n, **options)) for n in steps]
+    counts = [count_flops(partial(model, input_ids=ids, thinking_steps=n, **options)) for n in steps]
     return [count / once for count in counts], ids.shape[1]
 
 
 # ---- quality ---------------------------------------------------------------------------------------------------
 
 
-def _text_by_steps(model: nn.Module, batch: dict[str, Tensor], most: int) -> dict[str, Any]:
+def _text_by_steps(model: PreTrainedModel, batch: dict[str, Tensor], most: int) -> dict[str, Any]:
     output = model(**batch, use_cache=False, thinking_steps=most, thinking_candidates=1, output_energies=True)
     scored = batch["labels"][:, 1:] != -100
     energies = output.energies[:, :-1][scored]  # (positions, K + 1)
@@ -219,7 +221,7 @@ def _text_by_steps(model: nn.Module, batch: dict[str, Tensor], most: int) -> dic
     return {"kind": "text", "losses": output.step_losses.tolist(), **measured}
 
 
-def _images_by_steps(model: nn.Module, batch: dict[str, Tensor], most: int) -> dict[str, Any]:
+def _images_by_steps(model: PreTrainedModel, batch: dict[str, Tensor], most: int) -> dict[str, Any]:
     noisy, clean = batch["pixel_values"], batch["labels"]
     asked = {"output_energies": True, "output_trajectory": True}
     output = model(noisy, labels=clean, thinking_steps=most, thinking_candidates=1, **asked)
@@ -234,7 +236,7 @@ def _images_by_steps(model: nn.Module, batch: dict[str, Tensor], most: int) -> d
     }
 
 
-def measure_thinking(model: nn.Module, batch: Mapping[str, Any]) -> ThinkingMeasurement:
+def measure_thinking(model: PreTrainedModel, batch: Mapping[str, Any]) -> ThinkingMeasurement:
     """
     Measures what thinking does on a small batch, in one descent and one count of operations for each number of steps.
     The model's mode, its gradients and every random state are afterwards what they were before.

@@ -180,9 +180,9 @@ def limits(facts: CardFacts, model: "nn.Module") -> str:
             "Thinking takes gradients at inference: no flash attention for the candidates, and no export to runtimes "
             "without automatic differentiation."
         )
-        within = "images with the same noise" if is_image_model(model) else "candidates for the same position"
-        items.append(f"Energies are on this model's own scale. Compare them between {within}, never between models.")
-        if is_image_model(model):
+        within = "" if is_image_model(model) else " Compare them between candidates for one position only."
+        items.append(f"Energies are on this model's own scale, never to be compared between models.{within}")
+        if is_image_model(model) and not facts.run.limits:
             items.append("Noise of another kind or strength than in training was not tried for this card.")
     return "\n".join(f"- {item}" for item in items)
 

@@ -8,20 +8,20 @@ from .card_measurements import STEPS, ThinkingMeasurement, thinking_passes
 
 
 if TYPE_CHECKING:
-    from torch import nn
+    from transformers import PreTrainedModel
 
 # less than this on so few rows is no difference worth a word
 UNITS = {"text": ("nats", 0.005), "pixels": ("dB", 0.05), "latents": ("of the loss", 0.0)}
 
 
 def thinking(
-    model: "nn.Module", location: str, measured: ThinkingMeasurement | None, plot: str | None, data: str
+    model: "PreTrainedModel", location: str, measured: ThinkingMeasurement | None, plot: str | None, data: str
 ) -> str:
     """
     How to think longer, and whether it pays in this very model.
 
     Args:
-        model (`nn.Module`): the model.
+        model (`PreTrainedModel`): the model.
         location (`str`): what `from_pretrained` takes.
         measured ([`ThinkingMeasurement`], *optional*): what to report.
         plot (`str`, *optional*): the name of its picture.
@@ -125,7 +125,7 @@ def verdict(measured: ThinkingMeasurement) -> str:
     return text
 
 
-def cost(model: "nn.Module", measured: ThinkingMeasurement | None) -> str:
+def cost(model: "PreTrainedModel", measured: ThinkingMeasurement | None) -> str:
     """Passes of the transformer for one prediction, and counted operations where there was something to count on."""
     steps = list(STEPS) if measured is None else measured.steps
     header = ["thinking steps", "forward passes", "backward passes"]

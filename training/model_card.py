@@ -156,7 +156,8 @@ def write_card(
         model (`nn.Module`): the model that is saved there.
         facts ([`CardFacts`]): what is known of its training.
         measured ([`ThinkingMeasurement`], *optional*): what thinking does in it.
-        more (mapping of heading to markdown, *optional*): further sections, before the limits.
+        more (mapping of heading to markdown, *optional*): further sections, before the limits; one
+            called `Licence` replaces the usual one.
         measured_on (`str`, *optional*, defaults to `"validation data"`): the rows of that measurement, in words.
 
     Returns:
@@ -185,17 +186,18 @@ def write_card(
         plot = None if measured is None else _draw(measured, folder / PLOT)
         text["Thinking longer"] = thinking(model, facts.location, measured, plot, measured_on)
         text["What thinking costs"] = cost(model, measured)
-    text |= more or {}
+    further = dict(more or {})
+    licence = facts.metadata.get("license") or facts.run.license
+    last = further.pop("Licence", f"The weights are under the licence `{licence}`." if licence else "")
     text |= {
+        **further,
         "Limits": sections.limits(facts, model),
         "Training": sections.training(facts),
         "Model": sections.architecture(model),
         "Versions": sections.versions(facts),
+        "Licence": last,
+        "Citation": sections.citation(facts),
     }
-    licence = facts.metadata.get("license") or facts.run.license
-    if licence and "Licence" not in text:
-        text["Licence"] = f"The weights are under the licence `{licence}`."
-    text["Citation"] = sections.citation(facts)
     body = "\n\n".join(f"## {heading}\n\n{content}" for heading, content in text.items() if content)
     head = card_metadata(facts, model, "peft" if (folder / "adapter_config.json").is_file() else _library(model))
     card = ModelCard(f"---\n{head.to_yaml()}\n---\n\n# {facts.title}\n\n{sections.summary(model)}\n\n{body}\n")
