@@ -588,6 +588,7 @@ def test_the_twin_trains_by_the_same_script(command, capsys):
     assert math.isfinite(results["eval_loss"])
     card = (out / "README.md").read_text()
     assert "timesteps 0 to 99 of 1000" in card and "load_dit" in card and "weight decay 0.0" in card
+    assert "library_name: diffusers" in card and "thinking" not in card.lower()
     with pytest.raises(SystemExit, match="checkpoint-2 holds another model"):
         command("--max_steps 3")
     command("--twin --max_steps 3 --twin_max_timestep 0.2")

@@ -1,5 +1,6 @@
 """What a model card says about a training run, as plain data: it can be kept as JSON and written out again."""
 
+import math
 import platform
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -152,7 +153,7 @@ def _eval_results(facts: CardFacts, image: bool) -> "list[EvalResult]":
     found = []
     for name, value in facts.results.items():
         prefix, _, metric = name.partition("_")
-        if prefix in SPLITS and metric in TASKS:
+        if prefix in SPLITS and metric in TASKS and math.isfinite(value):
             result = EvalResult(
                 task_type=TASKS[metric],
                 dataset_type=ids[0] if ids else ("images" if image else "text"),

@@ -40,8 +40,9 @@ GIVEN = (  # what `Trainer.create_model_card` takes
 
 
 def trained_model(trainer: "Trainer") -> "nn.Module":
-    """The model itself: not what distributes it, nor what holds its adapters."""
+    """The model itself: not what distributes or compiles it, nor what holds its adapters."""
     model = trainer.accelerator.unwrap_model(trainer.model)
+    model = getattr(model, "_orig_mod", model)
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
