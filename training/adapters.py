@@ -267,6 +267,39 @@ def _plain(value: Any) -> Any:
     return sorted(value) if isinstance(value, (set, list, tuple)) else value
 
 
+def merge_adapter(model: "PeftModel") -> "PreTrainedModel":
+    """
+    The full model with the adapter merged into its weights, in place of `model.merge_and_unload()`, which for all
+    methods but LoRA cannot put back a step size that was trained beside the adapter (it expects a `weight` of every
+    module in `modules_to_save`; peft 0.21).
+
+    Args:
+        model (`PeftModel`): with the adapter; not to be used any more.
+
+    Returns:
+        `PreTrainedModel`, without anything of peft's.
+
+    Example:
+
+    ```python
+    >>> from ebt_transformers import EBTConfig, EBTForCausalLM
+    >>> from ebt_transformers.training.adapters import merge_adapter
+    >>> from peft import IA3Config, get_peft_model
+
+    >>> model = EBTForCausalLM(EBTConfig.from_preset("4xs", vocab_size=32))
+    >>> type(merge_adapter(get_peft_model(model, IA3Config(modules_to_save=["step_size"])))).__name__
+    'EBTForCausalLM'
+    ```
+    """
+    from peft.utils import ModulesToSaveWrapper
+
+    base = model.get_base_model()
+    step_size = getattr(base, STEP_SIZE, None)
+    if isinstance(step_size, ModulesToSaveWrapper):
+        setattr(base, STEP_SIZE, step_size.modules_to_save[step_size.active_adapter])
+    return model.merge_and_unload()
+
+
 def save_merged(trainer: "EBTTrainer", folder: str | Path) -> None:
     """
     Merge the adapter of a trained model into its weights and save the full model, with tokenizer or image processor
@@ -284,7 +317,7 @@ def save_merged(trainer: "EBTTrainer", folder: str | Path) -> None:
     model = trainer.accelerator.unwrap_model(trainer.model)
     if not is_adapted(model):
         raise ValueError(f"{type(model).__name__} has no adapter to merge.")
-    trainer.model = model.merge_and_unload()
+    trainer.model = merge_adapter(model)
     trainer.save_model(str(folder), _internal_call=True)  # a call of the user's would push it in the adapter's place
     if trainer.is_world_process_zero():
         write_model_card(trainer, folder)
@@ -297,6 +330,7 @@ __all__ = [
     "check_adapters",
     "check_same_adapter",
     "is_adapted",
+    "merge_adapter",
     "register_with_peft",
     "save_merged",
 ]
