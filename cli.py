@@ -26,9 +26,12 @@ USAGE_ERROR = 2
 INTERRUPTED = 130
 THINKING = "thinking_"
 DEFAULT_NEW_TOKENS = 100
-# options of one of the two demonstrations
-IMAGE_DEMO = {"levels"}
-TEXT_DEMO = {"prompt", "max_new_tokens", "temperature", "top_k", "blocks"}
+# options of the demonstrations, by what chooses one; without --image and --web it is that of text
+DEMO_OPTIONS = {
+    "": {"model", "steps", "seed", "output_dir", "prompt", "max_new_tokens", "temperature", "top_k", "blocks"},
+    "--image": {"model", "steps", "seed", "output_dir", "levels"},
+    "--web": {"model", "image_model", "port", "share"},
+}
 
 
 # ---- arguments -------------------------------------------------------------------------------------------------
@@ -36,7 +39,7 @@ TEXT_DEMO = {"prompt", "max_new_tokens", "temperature", "top_k", "blocks"}
 
 @dataclass
 class DemoArguments:
-    """What thinking does: to text, its speed and perplexity, or with --image to a noisy picture."""
+    """What thinking does: to text, its speed and perplexity; with --image to a noisy picture; with --web to both."""
 
     image: str | None = field(
         default=None,
@@ -45,15 +48,26 @@ class DemoArguments:
             "help": "Denoise a picture instead of writing text: this file, or without a name an embedded one.",
         },
     )
+    web: bool = field(
+        default=False, metadata={"help": "Serve both as pages to a browser on this machine: every step can be seen."}
+    )
     model: str | None = field(
         default=None, metadata={"help": "Another checkpoint than the embedded one: a folder or a Hub id."}
+    )
+    image_model: str | None = field(default=None, metadata={"help": "Web: the same for the model of pictures."})
+    port: int | None = field(default=None, metadata={"help": "Web: port. Default: the first free one from 7860."})
+    share: bool = field(
+        default=False,
+        metadata={"help": "Web: also under a public address, through Gradio's servers. Default: this machine alone."},
     )
     steps: list[int] | None = field(
         default=None,
         metadata={"help": "Numbers of thinking steps to compare. Default: 1 2 4 8, of pictures 1 2 3 4 8."},
     )
-    seed: int = field(default=0, metadata={"help": "Seed of the sampled text, or of the noise."})
-    output_dir: str = field(default="ebt_demo", metadata={"help": "Where pictures and numbers go."})
+    seed: int | None = field(default=None, metadata={"help": "Seed of the sampled text, or of the noise. Default: 0."})
+    output_dir: str | None = field(
+        default=None, metadata={"help": "Where pictures and numbers go. Default: ebt_demo."}
+    )
     levels: list[float] | None = field(
         default=None,
         metadata={"help": "Pictures: noise levels, above 0 and up to 1 (pure noise). Default: 0.1 0.2."},
@@ -153,22 +167,38 @@ def _parse(command: str, kind: type, argv: list[str], positionals: dict[str, str
 # ---- sub-commands ----------------------------------------------------------------------------------------------
 
 
+def _which_demo(given: dict[str, Any]) -> str:
+    """Which demonstration was chosen, after a look whether it knows all the options that were given."""
+    chosen = [flag for flag in DEMO_OPTIONS if flag and flag.removeprefix("--") in given]
+    if len(chosen) > 1:
+        raise ValueError(f"{' and '.join(chosen)} are different demonstrations. Give one of them.")
+    which = chosen[0] if chosen else ""
+    for name in sorted(given.keys() - DEMO_OPTIONS[which] - {which.removeprefix("--")}):
+        others = [f"with {flag}" for flag, options in DEMO_OPTIONS.items() if flag and name in options]
+        known_to_text = name in DEMO_OPTIONS[""]
+        raise ValueError(
+            f"--{name} has an effect {f'without {which}' if known_to_text else ' or '.join(others)} only."
+        )
+    return which
+
+
 def _demo(argv: list[str]) -> int:
     arguments, _ = _parse("demo", DemoArguments, argv)
-    given = {name: value for name, value in vars(arguments).items() if value is not None}
-    picture = given.pop("image", None)
-    if ignored := sorted(given.keys() & (IMAGE_DEMO if picture is None else TEXT_DEMO)):
-        raise ValueError(
-            f"--{ignored[0]} has an effect with{' --image only' if picture is None else 'out --image only'}."
-        )
-    if picture is None:
-        from .demo import run_demo
+    given = {name: value for name, value in vars(arguments).items() if value is not None and value is not False}
+    which = _which_demo(given)
+    picture, _ = given.pop("image", None), given.pop("web", None)
+    if which == "--web":
+        from .web.app import launch
 
-        run_demo(**given)
-    else:
+        launch(text_model=given.pop("model", None), **given)
+    elif which == "--image":
         from .demo_image import run_image_demo
 
         run_image_demo(picture, **given)
+    else:
+        from .demo import run_demo
+
+        run_demo(**given)
     return 0
 
 

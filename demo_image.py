@@ -271,7 +271,7 @@ def energy_table(levels: Sequence[NoisyPicture]) -> str:
 # ---- drawing ---------------------------------------------------------------------------------------------------
 
 
-def _pixels(picture: "Tensor") -> Any:
+def pixels(picture: "Tensor") -> Any:
     """A picture `(C, H, W)` on 0..1 as bytes `(H, W, C)`, or `(H, W)` if grey."""
     pixels = (picture.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
     return pixels[..., 0] if pixels.shape[-1] == 1 else pixels
@@ -305,7 +305,7 @@ def draw_denoising(
         values = {"noisy": noisy.noisy_psnr, **{str(sample.steps): sample.psnr for sample in noisy.samples}}
         for column, name in enumerate(names):
             axes = grid[row, column]
-            axes.imshow(_pixels(shown[name]), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+            axes.imshow(pixels(shown[name]), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
             axes.set(xticks=[], yticks=[])
             axes.spines[:].set_visible(False)
             if row == 0:
@@ -331,7 +331,7 @@ def _save_single(
             label = name if name == "clean" else f"{'denoised' if of_steps else name}_{noisy.level:g}{of_steps}"
             files[str(folder / f"{label}.png")] = picture
     for file, picture in files.items():
-        Image.fromarray(_pixels(picture)).save(file)
+        Image.fromarray(pixels(picture)).save(file)
     return list(files)
 
 
@@ -435,6 +435,7 @@ __all__ = [
     "denoise_picture",
     "draw_denoising",
     "load_denoiser",
+    "pixels",
     "read_picture",
     "run_image_demo",
     "verdict",
