@@ -187,10 +187,12 @@ def test_what_is_given_wins_and_what_is_unknown_is_refused(text_trainer):
         trainer.create_model_card(licence="mit")
 
 
-def test_folders_are_no_names_on_the_hub(text_trainer, tmp_path):
-    base = tmp_path / "base"
-    base.mkdir()
-    card = saved_card(text_trainer(run_facts=RunFacts(base_model=str(base), dataset=str(base))))
+@pytest.mark.parametrize("absolute", [False, True])
+def test_folders_are_no_names_on_the_hub(text_trainer, tmp_path, monkeypatch, absolute):
+    monkeypatch.chdir(tmp_path)
+    Path("runs/base").mkdir(parents=True)
+    base = str(Path("runs/base").resolve()) if absolute else "runs/base"
+    card = saved_card(text_trainer(run_facts=RunFacts(base_model=base, dataset=base)))
     assert f"**started from**: {base}" in card
     assert ModelCard(card).data.base_model is None and ModelCard(card).data.datasets is None
 
