@@ -1,5 +1,5 @@
 """
-Text data for language models, as small functions: load documents, turn them into tokens, lay the tokens out in rows.
+Text data for language models, as small functions: turn documents into tokens, lay the tokens out in rows.
 
 Two layouts: *packing* joins all documents and cuts them into blocks of one length, so that no token is lost;
 *truncation* keeps the beginning of every document, as the paper does.
@@ -9,11 +9,24 @@ import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Union
 
 import numpy as np
 import torch
+
+from .splits import is_stream
+from .streams import endless, shuffled
+from .text_loading import (
+    EMBEDDED,
+    USE_TRL,
+    Documents,
+    embedded_documents,
+    find_text_column,
+    load_files,
+    load_named,
+    loader_of,
+    split_off_validation,
+)
 
 
 if TYPE_CHECKING:
@@ -22,227 +35,61 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-EMBEDDED = "tiny_shakespeare"
 IGNORED_LABEL = -100
-SPLITS = ("train", "validation", "test")
-LOADERS = {"txt": "text", "text": "text", "jsonl": "json", "json": "json", "csv": "csv", "parquet": "parquet"}
-COMPRESSIONS = ("gz", "bz2", "xz", "zst")
-TEXT_UNITS = ("document", "paragraph", "line")
 
-# whole texts in memory, a table on disk, or a stream
-Documents = Union[list[str], "datasets.Dataset", "datasets.IterableDataset"]
 # token ids per document: in memory, a table with the column `input_ids`, or a stream of such rows
 Tokens = Union[list[list[int]], "datasets.Dataset", "datasets.IterableDataset"]
-
-
-# ---- loading ---------------------------------------------------------------------------------------------------
-
-
-def _datasets() -> Any:
-    try:
-        import datasets
-    except ImportError as error:
-        raise ImportError(
-            f"Reading this data needs the `datasets` library: pip install datasets. (The embedded text, "
-            f"`--dataset_name {EMBEDDED}`, needs nothing.)"
-        ) from error
-    return datasets
-
-
-def embedded_documents() -> dict[str, Documents]:
-    """The embedded Tiny Shakespeare: one document for each of `train`, `validation` and `test`."""
-    from ..assets import shakespeare_splits
-
-    return {name: [text] for name, text in shakespeare_splits().items()}
-
-
-def loader_of(path: str) -> str:
-    """
-    The `datasets` loader for a file, from its name (compressed files too).
-
-    Raises:
-        ValueError: for an ending there is no loader for.
-    """
-    parts = Path(path).name.lower().split(".")
-    if len(parts) > 2 and parts[-1] in COMPRESSIONS:
-        parts = parts[:-1]
-    if len(parts) < 2 or parts[-1] not in LOADERS:
-        raise ValueError(
-            f"Cannot tell the format of {path!r} from its name. Allowed endings: "
-            f"{', '.join('.' + ending for ending in LOADERS)} (also followed by .{', .'.join(COMPRESSIONS)})."
-        )
-    return LOADERS[parts[-1]]
-
-
-def load_files(
-    files: Mapping[str, Sequence[str]], streaming: bool = False, text_unit: str = "document"
-) -> dict[str, Any]:
-    """
-    Documents from local (or http) files.
-
-    Args:
-        files (mapping of split name to list of paths or patterns): all of one format.
-        streaming (`bool`, *optional*, defaults to `False`): read while training, without a copy on disk.
-        text_unit (`str`, *optional*, defaults to `"document"`):
-            What one document of a plain text file is: the whole file, a paragraph (between blank lines) or a line.
-
-    Raises:
-        FileNotFoundError: for a file that does not exist.
-        ValueError: for an empty file, unknown or mixed formats, or an unknown `text_unit`.
-    """
-    if text_unit not in TEXT_UNITS:
-        raise ValueError(f"`text_unit` must be one of {', '.join(TEXT_UNITS)}, got {text_unit!r}.")
-    for split, paths in files.items():
-        for path in paths:
-            is_pattern = "://" in path or any(letter in path for letter in "*?[")
-            if not is_pattern and not Path(path).is_file():
-                raise FileNotFoundError(f"The {split} file {path!r} does not exist. Check the path.")
-            if not is_pattern and Path(path).stat().st_size == 0:
-                raise ValueError(f"The {split} file {path!r} is empty. Check the path.")
-    kinds = {loader_of(path) for paths in files.values() for path in paths}
-    if len(kinds) > 1:
-        raise ValueError(f"All files must have one format, got {', '.join(sorted(kinds))}. Convert some of them.")
-    kind = kinds.pop()
-    options = {"sample_by": text_unit} if kind == "text" else {}
-    data_files = {split: list(paths) for split, paths in files.items()}
-    return dict(_datasets().load_dataset(kind, data_files=data_files, streaming=streaming, **options))
-
-
-def load_named(
-    name: str, config_name: str | None = None, streaming: bool = False, text_unit: str = "document"
-) -> dict[str, Any]:
-    """
-    Documents from a named source.
-
-    Args:
-        name (`str`):
-            A dataset id on the Hub, a local file, a local folder (with data files, or written by `save_to_disk`), or
-            `"tiny_shakespeare"`.
-        config_name (`str`, *optional*): configuration of a Hub dataset.
-        streaming (`bool`, *optional*, defaults to `False`): read while training.
-        text_unit (`str`, *optional*): see [`load_files`].
-
-    Returns:
-        `dict` of split name (`train`, and `validation` and `test` where there are some) to documents.
-
-    Raises:
-        ValueError: for a source without a `train` split, or options that would be ignored.
-    """
-    if name == EMBEDDED:
-        if config_name is not None or streaming:
-            raise ValueError(f"{EMBEDDED!r} has no configurations and cannot be streamed. Leave those options out.")
-        return embedded_documents()
-    path = Path(name)
-    if path.is_file():
-        return load_files({"train": [name]}, streaming, text_unit)
-    library = _datasets()
-    if (path / "dataset_dict.json").is_file() or (path / "dataset_info.json").is_file():
-        if streaming:
-            raise ValueError(f"{name!r} was written by save_to_disk and cannot be streamed. Leave `streaming` out.")
-        loaded = library.load_from_disk(name)
-    else:
-        loaded = library.load_dataset(name, config_name, streaming=streaming)
-    splits = dict(loaded) if isinstance(loaded, dict) else {"train": loaded}
-    if "train" not in splits:
-        raise ValueError(f"{name!r} has no split 'train'. It has: {', '.join(splits)}.")
-    return {split: splits[split] for split in SPLITS if split in splits}
-
-
-def is_stream(source: Any) -> bool:
-    """Whether a source is read while training: it has no length."""
-    return not hasattr(source, "__len__")
-
-
-def find_text_column(source: Documents, wanted: str | None = None) -> str:
-    """
-    The column with the text.
-
-    Args:
-        source: documents with columns.
-        wanted (`str`, *optional*): its name. `None` takes `text`, or the only column if there is one.
-
-    Raises:
-        ValueError: if there is no such column (listing those there are) or no document at all.
-    """
-    columns = getattr(source, "column_names", None)
-    if columns is None:
-        first = next(iter(source), None)
-        if first is None:
-            raise ValueError("The data set is empty. Check the file or the split.")
-        columns = list(first)
-    if wanted is None:
-        if "text" in columns:
-            return "text"
-        if len(columns) == 1:
-            return columns[0]
-        raise ValueError(
-            f"There is no column 'text'. Name the text with `text_column`; columns: {', '.join(columns)}."
-        )
-    if wanted not in columns:
-        raise ValueError(f"There is no column {wanted!r}. Columns: {', '.join(columns)}.")
-    return wanted
-
-
-def split_off_validation(
-    source: Documents, percent: float, text_column: str | None = None
-) -> tuple[Documents, Documents]:
-    """
-    Take the last `percent` of the documents for validation; of a single document the last `percent` of its characters.
-
-    Args:
-        source: documents with a length.
-        percent (`float`): between 0 and 100, both excluded.
-        text_column (`str`, *optional*): as in [`find_text_column`].
-
-    Returns:
-        Training and validation documents.
-
-    Raises:
-        ValueError: for a share out of range or a stream.
-    """
-    if not 0 < percent < 100:
-        raise ValueError(f"`validation_split_percentage` must be between 0 and 100, got {percent}.")
-    if is_stream(source):
-        raise ValueError(
-            "A stream has no last part to validate on. Give `validation_file`, or `max_eval_samples` to take the "
-            "first documents."
-        )
-    total = len(source)
-    if total == 0:
-        raise ValueError("The training data is empty. Check the file or the split.")
-    if total == 1:
-        text = source[0] if isinstance(source, list) else source[0][find_text_column(source, text_column)]
-        cut = len(text) - max(1, round(len(text) * percent / 100))
-        return [text[:cut]], [text[cut:]]
-    cut = total - max(1, round(total * percent / 100))
-    if isinstance(source, list):
-        return source[:cut], source[cut:]
-    return source.select(range(cut)), source.select(range(cut, total))
 
 
 # ---- tokens ----------------------------------------------------------------------------------------------------
 
 
+def _is_conversation(document: Any) -> bool:
+    return isinstance(document, list) and all(isinstance(turn, Mapping) and "role" in turn for turn in document)
+
+
+def _conversations_as_text(documents: Sequence[Any], tokenizer: "PreTrainedTokenizerBase") -> list[str]:
+    if tokenizer.chat_template is None:
+        raise ValueError(
+            "The documents are conversations, and the tokenizer has no chat template to write them down with. Take a "
+            f"tokenizer that has one, name a column of texts (`text_column`), or {USE_TRL}."
+        )
+    return [tokenizer.apply_chat_template(turns, tokenize=False) if turns else "" for turns in documents]
+
+
 def encode(
-    texts: Sequence[str | None], tokenizer: "PreTrainedTokenizerBase", eos: bool, max_length: int | None
+    texts: Sequence[str | list[dict[str, Any]] | None],
+    tokenizer: "PreTrainedTokenizerBase",
+    eos: bool,
+    max_length: int | None,
 ) -> list[list[int]]:
     """
-    Token ids of texts.
+    Token ids of texts, or of conversations.
 
     Args:
-        texts (sequence of `str`): `None` counts as empty.
+        texts (sequence of `str`, or of lists of `{"role": ..., "content": ...}`):
+            `None` counts as empty. Conversations are written down with the tokenizer's chat template.
         tokenizer: any tokenizer of transformers.
         eos (`bool`): end every text that is not empty with the end-of-sequence token.
         max_length (`int`, *optional*): keep the first so many tokens.
 
     Raises:
         TypeError: for anything that is no text.
+        ValueError: for conversations and a tokenizer without a chat template.
     """
-    for text in texts:
-        if text is not None and not isinstance(text, str):
-            raise TypeError(f"Texts must be strings, got {type(text).__name__}: {text!r:.60}. Check `text_column`.")
-    clean = [text or "" for text in texts]
-    rows = tokenizer(clean, return_attention_mask=False, verbose=False)["input_ids"] if clean else []
+    clean: list[Any] = ["" if text is None else text for text in texts]
+    chat = any(_is_conversation(text) for text in clean if text)
+    if chat and all(_is_conversation(text) for text in clean if text):
+        clean = _conversations_as_text(clean, tokenizer)
+    for text in clean:
+        if not isinstance(text, str):
+            raise TypeError(
+                f"Texts must be strings, got {type(text).__name__}: {text!r:.60}. Check `text_column`, or {USE_TRL}."
+            )
+    options = {"return_attention_mask": False, "verbose": False}
+    if chat:
+        options["add_special_tokens"] = False  # the template wrote them
+    rows = tokenizer(clean, **options)["input_ids"] if clean else []
     rows = [row if text else [] for row, text in zip(rows, clean, strict=True)]
     end = tokenizer.eos_token_id
     if eos and end is not None:
@@ -385,6 +232,10 @@ class PackedStream(torch.utils.data.IterableDataset):
     Args:
         tokens (iterable of `{"input_ids": [...]}`): token ids per document.
         block_size, keep_remainder, pad_token_id, max_blocks: as in [`PackedBlocks`].
+        repeat (`bool`, *optional*, defaults to `False`):
+            For training: start over at the end, again and again. A block may join two passes.
+        shuffle_buffer_size (`int`, *optional*, defaults to 0): documents shuffled at a time; 0 keeps the order.
+        seed (`int`, *optional*, defaults to 0): of the order, which is another one in every pass.
     """
 
     def __init__(
@@ -394,9 +245,12 @@ class PackedStream(torch.utils.data.IterableDataset):
         keep_remainder: bool = False,
         pad_token_id: int = 0,
         max_blocks: int | None = None,
+        repeat: bool = False,
+        shuffle_buffer_size: int = 0,
+        seed: int = 0,
     ) -> None:
         _check_block_size(block_size)
-        self.tokens = tokens
+        self.documents = _DocumentStream(tokens, 1, repeat, shuffle_buffer_size, seed)
         self.block_size = block_size
         self.keep_remainder = keep_remainder
         self.pad_token_id = pad_token_id
@@ -407,8 +261,8 @@ class PackedStream(torch.utils.data.IterableDataset):
 
     def _blocks(self) -> Iterator[dict[str, torch.Tensor]]:
         rest: list[int] = []
-        for row in self.tokens:
-            rest.extend(row["input_ids"])
+        for ids in self.documents:
+            rest.extend(ids)
             for start in range(0, len(rest) - self.block_size + 1, self.block_size):
                 yield _block(np.array(rest[start : start + self.block_size]), self.block_size, self.pad_token_id)
             rest = rest[len(rest) // self.block_size * self.block_size :]
@@ -417,10 +271,26 @@ class PackedStream(torch.utils.data.IterableDataset):
         elif rest:
             logger.info("The stream ended; its last %d tokens fill no block and were left out.", len(rest))
 
-    def set_epoch(self, epoch: int) -> None:
-        """Reshuffle a shuffled stream; the Trainer calls it before every epoch."""
-        if hasattr(self.tokens, "set_epoch"):
-            self.tokens.set_epoch(epoch)
+
+class _DocumentStream:
+    """Token ids of the documents of a stream that have at least `shortest` of them; perhaps without end."""
+
+    def __init__(
+        self, tokens: Iterable[Mapping[str, Any]], shortest: int, repeat: bool, shuffle_buffer_size: int, seed: int
+    ) -> None:
+        self.tokens = tokens
+        self.shortest = shortest
+        self.repeat = repeat
+        self.shuffle_buffer_size = shuffle_buffer_size
+        self.seed = seed
+
+    def _one_pass(self, epoch: int) -> Iterator[list[int]]:
+        for row in shuffled(self.tokens, self.seed, epoch, self.shuffle_buffer_size):
+            if len(row["input_ids"]) >= self.shortest:
+                yield row["input_ids"]
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return endless(self._one_pass) if self.repeat else self._one_pass(0)
 
 
 def held_out_blocks(
@@ -490,21 +360,29 @@ class TruncatedDocuments(torch.utils.data.Dataset):
 
 
 class TruncatedStream(torch.utils.data.IterableDataset):
-    """[`TruncatedDocuments`] for a stream of `{"input_ids": [...]}`."""
+    """
+    [`TruncatedDocuments`] for a stream.
 
-    def __init__(self, tokens: Iterable[Mapping[str, Any]], max_documents: int | None = None) -> None:
-        self.tokens = tokens
+    Args:
+        tokens (iterable of `{"input_ids": [...]}`): token ids per document.
+        max_documents (`int`, *optional*): end after so many.
+        repeat, shuffle_buffer_size, seed: as in [`PackedStream`].
+    """
+
+    def __init__(
+        self,
+        tokens: Iterable[Mapping[str, Any]],
+        max_documents: int | None = None,
+        repeat: bool = False,
+        shuffle_buffer_size: int = 0,
+        seed: int = 0,
+    ) -> None:
+        self.documents = _DocumentStream(tokens, 2, repeat, shuffle_buffer_size, seed)
         self.max_documents = max_documents
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
-        usable = (row["input_ids"] for row in self.tokens if len(row["input_ids"]) >= 2)
-        for ids in islice(usable, self.max_documents):
+        for ids in islice(self.documents, self.max_documents):
             yield {"input_ids": torch.tensor(ids, dtype=torch.long)}
-
-    def set_epoch(self, epoch: int) -> None:
-        """Reshuffle a shuffled stream; the Trainer calls it before every epoch."""
-        if hasattr(self.tokens, "set_epoch"):
-            self.tokens.set_epoch(epoch)
 
 
 @dataclass

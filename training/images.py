@@ -20,7 +20,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from ..configuration.noise_ebt import SCHEDULE_STEPS, noise_scheduler
 from ..modeling_ebt.image_processing_ebt import IMAGE_COLUMNS
 from ..modeling_ebt.latents import encode
-from .data import SPLITS
+from .splits import SPLITS
 
 
 if TYPE_CHECKING:

@@ -20,6 +20,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .adapters import MERGED_FOLDER, AdapterArguments, add_adapter, check_adapter_arguments, save_merged
+from .clm_data import DEFAULT_BLOCK_SIZE, DataArguments, describe_text, load_documents, text_rows
+from .data_arguments import check_source_options
 from .script import (
     Refusal,
     RunArguments,
@@ -48,8 +50,6 @@ if TYPE_CHECKING:
     from .trainer import EBTTrainer
 
 DEFAULT_PRESET = "4xs"
-DEFAULT_BLOCK_SIZE = 256  # the paper's context length
-DEFAULT_VALIDATION_PERCENT = 5.0
 EBT_ONLY = (
     "step_conditioning",
     "num_landscapes",
@@ -117,69 +117,6 @@ class ModelArguments:
     attn_implementation: str | None = field(default=None, metadata={"help": "Attention: sdpa (default) or eager."})
 
 
-@dataclass
-class DataArguments:
-    """Which text, and how it is cut into rows."""
-
-    dataset_name: str | None = field(
-        default=None,
-        metadata={"help": "A Hub id, a local folder or file, or tiny_shakespeare (embedded; the default)."},
-    )
-    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of a Hub data set."})
-    train_file: list[str] | None = field(
-        default=None, metadata={"help": "Training file(s): .txt, .jsonl, .json, .csv or .parquet; patterns allowed."}
-    )
-    validation_file: list[str] | None = field(default=None, metadata={"help": "Validation file(s)."})
-    test_file: list[str] | None = field(default=None, metadata={"help": "Test file(s)."})
-    streaming: bool = field(default=False, metadata={"help": "Read the data while training, without a copy on disk."})
-    shuffle_buffer_size: int = field(
-        default=1000, metadata={"help": "With --streaming: documents shuffled at a time; 0 keeps the order."}
-    )
-    text_column: str | None = field(
-        default=None, metadata={"help": "Column with the text. Default: 'text', or the only one."}
-    )
-    text_unit: str | None = field(
-        default=None,
-        metadata={
-            "help": "What one document of a .txt file is: document (the file; default), paragraph (default with "
-            "--no_packing) or line."
-        },
-    )
-    tokenizer_name: str | None = field(
-        default=None,
-        metadata={
-            "help": "Tokenizer: a folder, a Hub id, or tiny_shakespeare (embedded; the default for that text). "
-            "Default: that of --model_name_or_path."
-        },
-    )
-    block_size: int | None = field(
-        default=None, metadata={"help": f"Tokens per row. Default: {DEFAULT_BLOCK_SIZE}, or what the model takes."}
-    )
-    packing: bool = field(
-        default=True,
-        metadata={
-            "help": "Join all documents (each ended by eos) and cut them into blocks. --no_packing: the paper's way, "
-            "one row per document, its first block_size + 1 tokens, padded; eos is never predicted."
-        },
-    )
-    max_train_samples: int | None = field(default=None, metadata={"help": "Train on the first so many rows."})
-    max_eval_samples: int | None = field(
-        default=None,
-        metadata={
-            "help": "Evaluate on the first so many rows. A stream without validation data gives its first so many "
-            "documents to validation."
-        },
-    )
-    validation_split_percentage: float | None = field(
-        default=None,
-        metadata={
-            "help": f"Share of the training data held out when there is no validation data. Default: "
-            f"{DEFAULT_VALIDATION_PERCENT:g}; 0 for none."
-        },
-    )
-    preprocessing_num_workers: int | None = field(default=None, metadata={"help": "Processes that tokenize."})
-
-
 # ---- command line ----------------------------------------------------------------------------------------------
 
 
@@ -197,17 +134,10 @@ def _check_arguments(model: ModelArguments, data: DataArguments, training: "EBTT
     files = given_data_files(data)
     if files and data.train_file is None:
         raise Refusal(f"{as_flags(files)} needs --train_file.")
-    if data.dataset_config_name is not None and data.dataset_name is None:
-        raise Refusal("--dataset_config_name needs --dataset_name.")
-    if data.shuffle_buffer_size < 0:
-        raise Refusal(f"--shuffle_buffer_size must be at least 0, got {data.shuffle_buffer_size}.")
-    if not data.streaming and given_options(data, ("shuffle_buffer_size",)):
-        raise Refusal("--shuffle_buffer_size needs --streaming; otherwise all rows are shuffled.")
+    check_source_options(data, training)
     if data.streaming and data.preprocessing_num_workers is not None:
         raise Refusal("--preprocessing_num_workers does nothing with --streaming; use --dataloader_num_workers.")
     check_counts(data, "max_train_samples", "max_eval_samples", "preprocessing_num_workers")
-    if data.streaming and training.max_steps <= 0:
-        raise Refusal("A stream has no known end: say how long to train with --max_steps.")
 
 
 # ---- model -----------------------------------------------------------------------------------------------------
@@ -270,84 +200,6 @@ def _load_tokenizer(model: ModelArguments, data: DataArguments) -> "PreTrainedTo
     if name == EMBEDDED:
         return AutoTokenizer.from_pretrained(str(checkpoint_path()))
     return AutoTokenizer.from_pretrained(name, trust_remote_code=model.trust_remote_code)
-
-
-# ---- data ------------------------------------------------------------------------------------------------------
-
-
-def _load_documents(data: DataArguments) -> dict[str, Any]:
-    from .data import EMBEDDED, is_stream, load_files, load_named, split_off_validation
-
-    unit = data.text_unit or ("document" if data.packing else "paragraph")
-    if data.train_file is not None:
-        named = {"train": data.train_file, "validation": data.validation_file, "test": data.test_file}
-        documents = load_files({split: paths for split, paths in named.items() if paths}, data.streaming, unit)
-    else:
-        documents = load_named(data.dataset_name or EMBEDDED, data.dataset_config_name, data.streaming, unit)
-    percent = data.validation_split_percentage
-    if "validation" in documents:
-        if percent is not None:
-            raise Refusal(
-                "--validation_split_percentage has no effect: there is validation data already. Leave it out."
-            )
-        return documents
-    train = documents["train"]
-    if is_stream(train):
-        if percent:
-            raise Refusal(
-                "--validation_split_percentage cannot split a stream. Use --validation_file or --max_eval_samples."
-            )
-        if data.max_eval_samples is not None:
-            say(f"No validation data: the first {data.max_eval_samples} documents of the stream are held out for it.")
-            documents["validation"] = train.take(data.max_eval_samples)
-            documents["train"] = train.skip(data.max_eval_samples)
-        return documents
-    percent = DEFAULT_VALIDATION_PERCENT if percent is None else percent
-    if percent != 0:
-        say(f"No validation data: the last {percent:g} % of the training data are held out for it.")
-        documents["train"], documents["validation"] = split_off_validation(train, percent, data.text_column)
-    return documents
-
-
-def _rows(
-    split: str, source: Any, data: DataArguments, tokenizer: "PreTrainedTokenizerBase", block_size: int, seed: int
-) -> Any:
-    """One split of documents as rows for the Trainer."""
-    from .data import PackedBlocks, PackedStream, TruncatedDocuments, TruncatedStream, is_stream, tokenize
-
-    training = split == "train"
-    stream = is_stream(source)
-    if stream and training and data.shuffle_buffer_size:
-        source = source.shuffle(seed=seed, buffer_size=data.shuffle_buffer_size)
-    limit = data.max_train_samples if training else data.max_eval_samples
-    tokens: Any = tokenize(
-        source,
-        tokenizer,
-        text_column=data.text_column,
-        eos=data.packing,
-        max_length=None if data.packing else block_size + 1,
-        num_workers=data.preprocessing_num_workers,
-    )
-    if stream and not data.packing:
-        return TruncatedStream(tokens, limit)
-    if data.packing:
-        options: dict[str, Any] = {
-            "keep_remainder": not training,
-            "pad_token_id": tokenizer.pad_token_id,
-            "max_blocks": limit,
-        }
-        if stream:
-            return PackedStream(tokens, block_size, **options)
-        blocks = PackedBlocks(tokens, block_size, **options)
-        rest = blocks.dropped_tokens
-        lost = f"; the last {rest} tokens fill no block and are left out" if rest else ""
-        say(f"{split}: {blocks.num_tokens:,} tokens, {len(blocks):,} blocks of {block_size}{lost}.")
-        return blocks
-    documents = TruncatedDocuments(tokens, limit)
-    short = documents.dropped_documents
-    lost = f"; {short} documents of fewer than 2 tokens predict nothing and are left out" if short else ""
-    say(f"{split}: {len(documents):,} documents, at most {block_size + 1} tokens of each{lost}.")
-    return documents
 
 
 # ---- run -------------------------------------------------------------------------------------------------------
@@ -427,9 +279,9 @@ def _run(argv: list[str]) -> None:
         block_size = _block_size(data_args, getattr(known, "max_position_embeddings", None))
 
     with training_args.main_process_first(desc="reading the data"), refusing_bad_values():
-        documents = _load_documents(data_args)
+        documents = load_documents(data_args)
         rows = {
-            split: _rows(split, source, data_args, tokenizer, block_size, training_args.seed)
+            split: text_rows(split, source, data_args, tokenizer, block_size, training_args.seed)
             for split, source in documents.items()
         }
     model = _build_model(model_args, config)
@@ -453,7 +305,7 @@ def _run(argv: list[str]) -> None:
         processing_class=tokenizer,
         data_collator=CausalLMCollator(tokenizer.pad_token_id, block_size + 1 if streams_padded else None),
         run_facts=RunFacts(
-            data=_describe(source, data_args, block_size),
+            data=describe_text(source, data_args, block_size),
             command=shlex.join(["ebt", "train", "clm", *argv]),
             base_model=model_args.model_name_or_path,
         ),
@@ -492,13 +344,6 @@ def _parse_max_positions(model: ModelArguments) -> int | None:
 
     overrides = parse_overrides(model.config_overrides, LlamaConfig if model.twin else EBTConfig)
     return overrides.get("max_position_embeddings")
-
-
-def _describe(source: str, data: DataArguments, block_size: int) -> str:
-    layout = f"packed into blocks of {block_size} tokens"
-    if not data.packing:
-        layout = f"the first {block_size + 1} tokens of each document"
-    return f"{source}, {layout}"
 
 
 def main(argv: list[str] | None = None) -> None:
