@@ -179,7 +179,8 @@ class TextTab:
 
 def _picked(event: gr.SelectData) -> int:
     """The number, from 1, of the token or the row that was clicked."""
-    return 1 + (event.index[0] if isinstance(event.index, (list, tuple)) else event.index)
+    # a row says its number itself: the visitor may have sorted the table
+    return int(event.row_value[0]) if isinstance(event.index, (list, tuple)) else 1 + event.index
 
 
 __all__ = ["TOKEN_COLUMNS", "TextTab", "about_token", "token_rows"]
