@@ -11,6 +11,7 @@ from transformers.generation.stopping_criteria import StoppingCriteriaList
 from transformers.generation.utils import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyOutput
 from transformers.utils import logging
 
+from .pretrained import own_class
 from .thinking_ebt import FLAT_PREFIX, FLAT_THINKING_NAMES, ThinkingConfig
 
 
@@ -127,7 +128,8 @@ class EBTGenerationMixin(GenerationMixin):
             self.generation_config._from_model_config = False
         if self._auto_class is not None:  # the model is saved with its code
             # the one Auto class that `transformers serve` asks; any other model must be a part of transformers there
-            served = {"AutoModelForDecision": f"{type(self).__module__.rpartition('.')[2]}.{type(self).__name__}"}
+            owner = own_class(self)
+            served = {"AutoModelForDecision": f"{owner.__module__.rpartition('.')[2]}.{owner.__name__}"}
             self.config.auto_map = {**(getattr(self.config, "auto_map", None) or {}), **served}
         super().save_pretrained(*args, **kwargs)
 

@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
 
-TAGS = ("ebt", "energy-based-model")
 TASKS = {"perplexity": "text-generation", "psnr": "image-to-image"}  # what an evaluation's metric belongs to
 SPLITS = {"eval": "validation", "test": "test"}
 PACKAGE = "ebt-transformers"
@@ -182,8 +181,7 @@ def card_metadata(facts: CardFacts, model: "nn.Module", library: str = "transfor
     given, run = facts.metadata, facts.run
     image = is_image_model(model)
     tasks = _listed(given.get("tasks")) or ["image-to-image" if image else "text-generation"]
-    tags = [*_listed(given.get("tags")), *(getattr(model, "model_tags", None) or [])]
-    tags += [*tasks[1:], *(TAGS if thinks(model) else [])]
+    tags = [*_listed(given.get("tags")), *tasks[1:], *(getattr(model, "model_tags", None) or [])]
     bases = hub_ids(given.get("finetuned_from") or run.base_model)
     return ModelCardData(
         model_name=facts.title,
