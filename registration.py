@@ -102,7 +102,14 @@ def _adapters(constants: Any, ours: Any) -> None:
     ours.register_with_peft(constants)
 
 
+def _class_names(asking: Any, ours: Any) -> None:
+    # `SFTTrainer("folder")` of TRL and `transformers serve` look a checkpoint's class up by its name in
+    # transformers, of which there can be two copies: importing its processors makes a second one
+    asking.transformers.EBTForCausalLM = ours.EBTForCausalLM
+
+
 _AUTO = "transformers.models.auto"
+_TEXT_MODEL = f"{__package__}.modeling_ebt.modeling_ebt"
 REGISTRATIONS = (
     Registration(f"{_AUTO}.configuration_auto", f"{__package__}.configuration", _configs),
     Registration(f"{_AUTO}.modeling_auto", f"{__package__}.configuration", _models),
@@ -111,6 +118,8 @@ REGISTRATIONS = (
     ),
     Registration("transformers.pipelines", f"{__package__}.pipelines.image_denoising", _pipelines),
     Registration("peft.utils.constants", f"{__package__}.training.adapters", _adapters),
+    Registration("trl.trainer.utils", _TEXT_MODEL, _class_names),
+    Registration("transformers.cli.serving.model_manager", _TEXT_MODEL, _class_names),
 )
 _imported: set[str] = set()
 

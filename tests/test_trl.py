@@ -105,6 +105,12 @@ def test_loss_and_gradients_are_those_of_the_ebt_trainer(tmp_path, tokenizer, ki
         torch.testing.assert_close(gradient, expected_gradients[name], rtol=1e-3, atol=1e-6, msg=name)
 
 
+def test_a_model_can_be_given_by_its_folder(tmp_path, tokenizer):
+    trainer = sft(tmp_path, str(checkpoint_path()), tokenizer)
+    assert isinstance(trainer.model, EBTForCausalLM)
+    assert torch.equal(trainer.model.candidate_embedding.weight, shipped().candidate_embedding.weight)
+
+
 @pytest.mark.parametrize("scored", ["all", "last"])
 def test_log_probabilities_add_up_to_the_objective_of_the_recipe(make_model: Callable, scored: str) -> None:
     model = make_model(loss_on_steps=scored, detach_between_steps=scored == "all").train()
