@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 PYTEST_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test slow mixins check lint types format constraints clean
+.PHONY: help install demo test slow mixins check lint types docs format constraints clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -40,7 +40,7 @@ mixins: $(INSTALLED)  ## run our models through the common model tests of transf
 	tar -xzf "$$folder"/transformers-*.tar.gz -C "$$folder" && \
 	TRANSFORMERS_SOURCE="$$(echo "$$folder"/transformers-*/)" $(BIN)/python -m pytest -m "" tests/hf_mixins $(PYTEST_ARGS)
 
-check: lint types test  ## what CI runs
+check: lint types test docs  ## what CI runs
 
 lint: $(INSTALLED)  ## ruff: rules and formatting
 	$(BIN)/ruff check .
@@ -57,9 +57,12 @@ format: $(INSTALLED)  ## let ruff fix and format everything
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+docs: $(INSTALLED)  ## build the documentation into site/ (any warning or broken link fails)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
 constraints: $(INSTALLED)  ## write constraints.txt from what is installed in .venv
 	$(BIN)/python .ci/constraints.py > constraints.tmp && mv constraints.tmp constraints.txt
 
 clean:  ## remove .venv, builds and caches
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) build dist site *.egg-info .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
