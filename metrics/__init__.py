@@ -1,5 +1,13 @@
 """
-Image quality as `evaluate` modules, loaded by path and therefore offline. Needs the extra `evaluate`.
+Quality of images and texts, and what energies say, as `evaluate` modules. They are loaded by path and therefore offline.
+Need the extra `evaluate`.
+
+| module | what it measures |
+|---|---|
+| `psnr`, `ssim` | how near images are to their references |
+| `ebt_perplexity` | texts under a model, by number of thinking steps |
+| `ebt_energy_gap` | how far thinking lowers the energy |
+| `ebt_energy_auroc` | how well energies tell what is out of distribution |
 
 Example:
 
@@ -23,7 +31,7 @@ def metric_path(name: str) -> str:
     The folder of an `evaluate` module of this package, to be given to `evaluate.load`.
 
     Args:
-        name (`str`): `"psnr"` or `"ssim"`.
+        name (`str`): of a module, such as `"psnr"` or `"ebt_perplexity"`.
 
     Returns:
         `str`: the folder.

@@ -3,13 +3,17 @@
 from .image_denoising import ImageDenoisingPipeline
 from .perplexity import mean_losses_by_steps, perplexity_by_steps
 from .text_generation import ThoughtfulGeneration, TokenThought, generate_with_energies
+from .text_scores import TextLosses, text_energies, text_losses
 
 
 __all__ = [
     "ImageDenoisingPipeline",
+    "TextLosses",
     "ThoughtfulGeneration",
     "TokenThought",
     "generate_with_energies",
     "mean_losses_by_steps",
     "perplexity_by_steps",
+    "text_energies",
+    "text_losses",
 ]

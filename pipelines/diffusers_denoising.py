@@ -13,7 +13,7 @@ from ..configuration.noise_ebt import noise_scheduler
 from ..modeling_ebt.image_processing_ebt import OUTPUT_TYPES, EBTImageProcessor
 from ..modeling_ebt.latents import decode, encode, load_vae, need_diffusers, vae_scale_factor
 from ..modeling_ebt.modeling_ebt_image import EBTForImageDenoising
-from .image_denoising import check_denoiser, check_noise_options, check_vae, denoise, scale_for_noise
+from .denoising import check_denoiser, check_noise_options, check_vae, denoise, scale_for_noise
 from .image_tiles import Tiling
 
 

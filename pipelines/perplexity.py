@@ -40,14 +40,32 @@ def _batch_losses(model: PreTrainedModel, ids: Tensor, steps: Sequence[int], thi
     """Mean loss of one batch after each number of steps."""
     if not hasattr(model, "energy"):
         return [model(input_ids=ids, labels=ids, use_cache=False).loss.item()]
-    one_pass = (thinking.candidates or 1) == 1 and model.config.default_thinking().candidates == 1
-    if one_pass:  # the first k steps of a long descent are the descent of k steps
+    if descends_once(model, thinking):
         output = model(input_ids=ids, labels=ids, use_cache=False, thinking=thinking, thinking_steps=max(steps))
         return [output.step_losses[count - 1].item() for count in steps]
     return [
         model(input_ids=ids, labels=ids, use_cache=False, thinking=thinking, thinking_steps=count).loss.item()
         for count in steps
     ]
+
+
+def checked_steps(
+    model: PreTrainedModel, steps: Sequence[int], thinking: ThinkingConfig | Mapping[str, Any] | None
+) -> tuple[list[int], ThinkingConfig]:
+    """The numbers of steps to measure, ascending, `[0]` for a model without; and the other options of thinking."""
+    options = ThinkingConfig.from_value(thinking)
+    if options.steps is not None or options.landscapes is not None:
+        raise ValueError("The numbers of steps are given as `steps`; leave them out of `thinking`.")
+    if not hasattr(model, "energy"):
+        return [0], options
+    if not steps or any(not isinstance(count, int) or count < 1 for count in steps):
+        raise ValueError(f"`steps` must be integers of at least 1, got {list(steps)}.")
+    return sorted(set(steps)), options
+
+
+def descends_once(model: PreTrainedModel, thinking: ThinkingConfig) -> bool:
+    """Whether the first k steps of a long descent are the descent of k steps: with one candidate."""
+    return (thinking.candidates or 1) == 1 and model.config.default_thinking().candidates == 1
 
 
 @torch.no_grad()
@@ -63,12 +81,7 @@ def mean_losses_by_steps(
     Mean cross-entropy per predicted token after each number of thinking steps; arguments and errors as
     [`perplexity_by_steps`].
     """
-    counts = sorted(set(steps)) if hasattr(model, "energy") else [0]
-    if not counts or any(not isinstance(count, int) or count < 1 for count in counts if counts != [0]):
-        raise ValueError(f"`steps` must be integers of at least 1, got {list(steps)}.")
-    options = ThinkingConfig.from_value(thinking)
-    if options.steps is not None or options.landscapes is not None:
-        raise ValueError("The numbers of steps are given as `steps`; leave them out of `thinking`.")
+    counts, options = checked_steps(model, steps, thinking)
     if batch_size < 1:
         raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
     batches = _batches(_rows(token_blocks), batch_size)

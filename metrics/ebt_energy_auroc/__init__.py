@@ -1,0 +1,1 @@
+"""How well energies tell what is out of distribution, an `evaluate` module."""

@@ -1,0 +1,1 @@
+"""How far thinking lowers the energy, an `evaluate` module."""

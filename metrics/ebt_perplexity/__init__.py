@@ -1,0 +1,1 @@
+"""Perplexity with thinking, an `evaluate` module."""
