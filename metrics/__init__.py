@@ -1,6 +1,6 @@
 """
-Quality of images and texts, and what energies say, as `evaluate` modules. They are loaded by path and therefore offline.
-Need the extra `evaluate`.
+Quality of images and texts, and what energies say, as `evaluate` modules, loaded by path and therefore offline. Needs
+the extra `evaluate`.
 
 | module | what it measures |
 |---|---|

@@ -16,8 +16,8 @@ import numpy as np
 _DESCRIPTION = """
 The energy gap of predictions found by descending an energy: the mean energy before the first thinking step less that
 after the last. Positive when thinking lowers the energy. Energies are on each model's own scale: compare data, or
-numbers of steps, of one model. The landscapes of a model have no common scale either: where the last step is on another
-one than the first, the gap may be negative although every step lowers the energy on its own landscape.
+numbers of steps, of one model. The landscapes of a model have no common scale either: where the last step is on
+another one than the first, the gap may be negative although every step lowers the energy on its own landscape.
 """
 
 _CITATION = """
