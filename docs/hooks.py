@@ -4,7 +4,7 @@ What mkdocs does beyond its settings: the whole repository can be linked.
 The pages are written for two places, a file viewer of the repository and the site, so their links are paths in the
 repository. Files outside `docs/` that a page links become part of the site: Markdown as pages, pictures as they are,
 code and the rest as pages that show them. One section of a page can be a page of its own (`SECTIONS`), so that it is
-written once.
+written once. Pages that the navigation does not name come last in the section of their folder (`FOLDERS`).
 """
 
 import logging
@@ -22,6 +22,8 @@ from mkdocs.structure.files import File
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = "docs/"
+# sections of the navigation, and the folder of their pages
+FOLDERS = {"How to": "howto", "Results": "results"}
 PICTURES = {".png", ".svg", ".jpg"}
 # pages from outside `docs/` that the navigation names, and where they go
 PAGES = {name: name for name in ("ARCHITECTURE.md", "CHANGELOG.md", "CONTRIBUTING.md", "MIGRATION.md")}
@@ -115,7 +117,16 @@ def on_config(config: Any) -> Any:
         if "." not in name.removesuffix(".py"):  # the others lie in those without a dot
             (package / name).symlink_to(ROOT / name)
     config.plugins["mkdocstrings"].config.handlers["python"]["paths"] = [_folder.name]
+    _complete(config.nav)
     return config
+
+
+def _complete(navigation: list[Any]) -> None:
+    """Adds the pages of a folder that the navigation does not name to the end of its section."""
+    sections = {title: pages for entry in navigation if isinstance(entry, dict) for title, pages in entry.items()}
+    for title, folder in FOLDERS.items():
+        found = (f"{folder}/{file.name}" for file in sorted((ROOT / DOCS / folder).glob("*.md")))
+        sections[title] += [page for page in found if page not in str(sections[title])]
 
 
 def on_files(files: Any, *, config: Any) -> Any:
