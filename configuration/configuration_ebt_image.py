@@ -3,7 +3,7 @@
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
-from transformers.utils import logging
+from transformers.utils import TRANSFORMERS_DYNAMIC_MODULE_NAME, logging
 
 from .base_ebt import EBTBaseConfig
 from .presets_ebt import image_recipe_fields, preset_fields
@@ -124,6 +124,8 @@ class EBTImageConfig(EBTBaseConfig):
     step_size: float | int = 3000.0
 
     def __post_init__(self, **kwargs: Any) -> None:
+        if not type(self).__module__.startswith(TRANSFORMERS_DYNAMIC_MODULE_NAME):
+            kwargs.pop("custom_pipelines", None)  # a checkpoint's pipeline is for those who lack the package with ours
         if self.intermediate_size is None:
             self.intermediate_size = self.hidden_size
         if self.candidate_init_std is None:

@@ -1,18 +1,16 @@
 """How much noise images get: the paper's schedule, as a diffusers scheduler."""
 
 import math
-from typing import TYPE_CHECKING
+from typing import Any
 
 
-if TYPE_CHECKING:
-    from diffusers import DDPMScheduler
-
+Scheduler = Any  # a diffusers `DDPMScheduler`; imported, it would be a requirement of code a checkpoint carries
 SCHEDULE_STEPS = 1000  # all the way to pure noise (Ho et al. 2020)
 BETA_START, BETA_END = 1e-4, 2e-2  # of the linear schedule with so many steps
 DIFFUSION_STEPS = 100  # the paper's
 
 
-def noise_scheduler(noise_level: float = 0.1, diffusion_steps: int = DIFFUSION_STEPS) -> "tuple[DDPMScheduler, int]":
+def noise_scheduler(noise_level: float = 0.1, diffusion_steps: int = DIFFUSION_STEPS) -> tuple[Scheduler, int]:
     r"""
     The schedule of a noise level and the timestep at which images get that much noise (paper D.3 and the official
     code): a linear schedule of `diffusion_steps / noise_level` steps whose betas are scaled so that all of it always
@@ -29,6 +27,7 @@ def noise_scheduler(noise_level: float = 0.1, diffusion_steps: int = DIFFUSION_S
 
     Raises:
         ValueError: for a level or a number of steps out of range.
+        ImportError: without diffusers.
 
     Example:
 
@@ -44,7 +43,12 @@ def noise_scheduler(noise_level: float = 0.1, diffusion_steps: int = DIFFUSION_S
         raise ValueError(f"`noise_level` must be above 0 and at most 1, got {noise_level}.")
     if diffusion_steps < 1:
         raise ValueError(f"`diffusion_steps` must be at least 1, got {diffusion_steps}.")
-    from diffusers import DDPMScheduler
+    try:
+        from diffusers import DDPMScheduler
+    except ImportError as error:
+        raise ImportError(
+            "The schedule of the noise needs the library diffusers: pip install 'ebt-transformers[diffusers]'."
+        ) from error
 
     # the small addition undoes what 100 / 0.1 loses to rounding
     total = math.floor(diffusion_steps / noise_level + 1e-6)

@@ -127,6 +127,8 @@ class ImageDenoisingPipeline(Pipeline):
         check_denoiser(self.model)
         self.model.eval()
         config = self.model.config
+        # done its work, and now holding classes, which no config can be saved with
+        vars(config).pop("custom_pipelines", None)
         if vae is not None:
             check_vae(vae, config)
             vae = vae.to(self.device).eval()
@@ -336,7 +338,7 @@ class ImageDenoisingPipeline(Pipeline):
 
         Args:
             save_directory (`str` or `PathLike`): a folder, made if need be.
-            push_to_hub (`bool`, *optional*, defaults to `False`): also push to `repo_id`, by default the folder's name.
+            push_to_hub (`bool`, *optional*, defaults to `False`): also push to `repo_id`, or the folder's name.
             kwargs: of `push_to_hub` with it; else of `save_pretrained` of the model and of the processor.
         """
         folder = Path(save_directory)
@@ -353,7 +355,7 @@ class ImageDenoisingPipeline(Pipeline):
         try:
             self.model.save_pretrained(folder, **saving)
         finally:
-            del config.custom_pipelines  # the model, saved alone, has no pipeline
+            del config.custom_pipelines  # a model that is saved alone brings no pipeline
         self.image_processor.save_pretrained(folder, **saving)
         # not the base class's, which copies only code that lies side by side
         carry_code(__name__, folder)

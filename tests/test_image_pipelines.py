@@ -24,7 +24,7 @@ from ebt_transformers import (
 )
 from ebt_transformers.configuration.noise_ebt import noise_scheduler
 from ebt_transformers.pipelines import diffusers_denoising, image_denoising
-from ebt_transformers.pipelines.image_denoising import scale_for_noise
+from ebt_transformers.pipelines.denoising import scale_for_noise
 from ebt_transformers.pipelines.image_tiles import Canvas, Tiling
 
 
