@@ -1,16 +1,20 @@
 """Laws of the text data: what goes in comes out, cut as promised, and what cannot be read is refused in words."""
 
+import gzip
 import json
+from itertools import islice
 from pathlib import Path
 
 import datasets
 import pytest
 import torch
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from ebt_transformers.assets import shakespeare_path
-from ebt_transformers.training import data
+from ebt_transformers.training import data, run_clm
+from ebt_transformers.training.splits import SPLITS, choose_splits
 
 
 TEXTS = ["To be, or not to be", "that", "is the question:", "", "Whether 'tis nobler in the mind to suffer"]
@@ -144,6 +148,29 @@ def test_nothing_to_learn_from_is_refused(tokenizer):
         data.PackedBlocks([[1, 2, 3]], 1)
 
 
+def test_a_training_stream_goes_on_where_a_pass_ends_and_shuffles_each_anew(tokenizer):
+    texts = [letter * 6 for letter in "abcdefgh"]
+    rows = data.tokenize(table(texts).to_iterable_dataset(num_shards=2), tokenizer)
+    everything = joined(data.tokenize(texts, tokenizer))
+    blocks = list(islice(data.PackedStream(rows, 8, repeat=True), 21))  # three passes of 7 blocks
+    assert kept(blocks) == everything * 3
+    options = {"repeat": True, "shuffle_buffer_size": 3}
+    mixed = kept(islice(data.PackedStream(rows, 8, seed=1, **options), 21))
+    passes = [mixed[start : start + len(everything)] for start in range(0, len(mixed), len(everything))]
+    assert all(sorted(one) == sorted(everything) for one in passes) and passes[0] != passes[1] != passes[2]
+    assert mixed == kept(islice(data.PackedStream(rows, 8, seed=1, **options), 21))
+    assert mixed != kept(islice(data.PackedStream(rows, 8, seed=2, **options), 21))
+    firsts = [row["input_ids"][0].item() for row in islice(data.TruncatedStream(rows, repeat=True), 16)]
+    assert firsts == everything[::7] * 2
+
+
+def test_an_endless_stream_of_nothing_ends_with_a_message(tokenizer):
+    rows = data.tokenize(table(["", ""]).to_iterable_dataset(), tokenizer)
+    for stream in (data.PackedStream(rows, 8, repeat=True), data.TruncatedStream(rows, repeat=True)):
+        with pytest.raises(ValueError, match="holds nothing to train on"):
+            next(iter(stream))
+
+
 # ---- truncation ------------------------------------------------------------------------------------------------
 
 
@@ -250,3 +277,143 @@ def test_wrong_sources_are_refused_in_words(tmp_path):
 @pytest.mark.parametrize("name", ["a.txt", "b.JSONL", "c.json.gz", "d.parquet", "e.csv.zst"])
 def test_formats_are_known_by_their_names(name):
     assert data.loader_of(name) in ("text", "json", "parquet", "csv")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_compressed_files_patterns_and_several_files_are_read(tmp_path, streaming):
+    for number, text in enumerate(["ab", "cd"]):
+        line = json.dumps({"text": text}).encode()
+        (tmp_path / f"part{number}.jsonl.gz").write_bytes(gzip.compress(line))
+    pattern, both = str(tmp_path / "part*.jsonl.gz"), [str(tmp_path / f"part{number}.jsonl.gz") for number in (0, 1)]
+    for paths in ([pattern], both):
+        assert [row["text"] for row in data.load_files({"train": paths}, streaming)["train"]] == ["ab", "cd"]
+    assert data.loader_of("https://example.org/a/texts.jsonl.gz?download=true") == "json"
+    with pytest.raises(ValueError, match="is a folder. Give its files"):
+        data.load_files({"train": [str(tmp_path)]})
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_folder_of_text_files_is_cut_as_a_file_is(tmp_path, streaming):
+    (tmp_path / "a.txt").write_text("one\ntwo\n\nthree\n")
+    read = {
+        unit: [row["text"].strip() for row in data.load_named(str(tmp_path), None, streaming, unit)["train"]]
+        for unit in (None, "paragraph", "line")
+    }
+    assert read[None] == ["one\ntwo\n\nthree"]
+    assert [text.strip() for text in read["paragraph"]] == ["one\ntwo", "three"]
+    assert [text for text in read["line"] if text] == ["one", "two", "three"]
+    write(tmp_path, "jsonl", TEXTS)
+    for refused in (lambda: data.load_files({"train": [str(tmp_path / "texts.jsonl")]}, text_unit="line"),):
+        with pytest.raises(ValueError, match="`text_unit` is about .txt files"):
+            refused()
+
+
+# ---- splits ----------------------------------------------------------------------------------------------------
+
+SPLIT_ROWS = {"train": list("abcdefgh"), "val": list("ij"), "test": list("kl"), "extra": list("mn")}
+
+
+@pytest.mark.parametrize("as_table", [False, True])
+@pytest.mark.parametrize(
+    ("wanted", "expected"),
+    [
+        ({}, ("abcdefgh", "ij", "kl")),
+        ({"train": "train[:25%]"}, ("ab", "ij", "kl")),
+        ({"train": "train[2:]+extra", "validation": "train[:2]"}, ("cdefghmn", "ab", "kl")),
+        ({"train": "val"}, ("ij", None, "kl")),  # what is trained on validates nothing
+        ({"train": "extra", "validation": "test"}, ("mn", "kl", None)),
+        ({"train": None, "test": "extra"}, ("abcdefgh", "ij", "mn")),
+    ],
+)
+def test_splits_are_taken_by_their_names_and_in_parts(wanted, expected, as_table):
+    available = {name: table(rows) if as_table else rows for name, rows in SPLIT_ROWS.items()}
+    found = choose_splits(available, wanted)
+    texts = {role: "".join(rows["text"] if as_table else rows) for role, rows in found.items()}
+    assert texts == {role: text for role, text in zip(SPLITS, expected, strict=True) if text is not None}
+
+
+@pytest.mark.parametrize(
+    ("available", "wanted", "message"),
+    [
+        (SPLIT_ROWS, {"train": "trian"}, "`train_split` 'trian': no split 'trian'. Splits: train, val, test, extra"),
+        (SPLIT_ROWS, {"train": "train[:x]"}, "is no part of a split: .*Write for instance"),
+        (SPLIT_ROWS, {"validation": "val[5:]"}, "holds nothing"),
+        ({**SPLIT_ROWS, "dev": ["x"]}, {}, "Both val and dev look like validation data.*`validation_split`"),
+        ({"all": ["x"]}, {}, "no split 'train'. Splits: all. Choose one to train on with `train_split`"),
+        (SPLIT_ROWS, {"eval": "val"}, "chosen for train, validation, test, got eval"),
+    ],
+)
+def test_splits_that_are_not_there_are_refused_in_words(available, wanted, message):
+    with pytest.raises(ValueError, match=message):
+        choose_splits(available, wanted)
+
+
+# ---- conversations ---------------------------------------------------------------------------------------------
+
+CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
+TEMPLATE = "{% for turn in messages %}[{{ turn.role }}]{{ turn.content }}{% endfor %}"
+
+
+def test_conversations_are_written_down_with_the_chat_template(tokenizer, monkeypatch):
+    source = datasets.Dataset.from_list([{"messages": CHAT, "id": 1}, {"messages": CHAT[:1], "id": 2}])
+    with pytest.raises(ValueError, match="no chat template.*fine-tune with TRL"):
+        data.tokenize(source, tokenizer)
+    monkeypatch.setattr(tokenizer, "chat_template", TEMPLATE)
+    expected = data.encode(["[user]hi[assistant]ho", "[user]hi"], tokenizer, eos=True, max_length=None)
+    for documents in (source, source.to_iterable_dataset()):
+        assert [row["input_ids"] for row in data.tokenize(documents, tokenizer)] == expected
+    assert data.find_text_column(source.add_column("text", ["a", "b"])) == "text"
+
+
+def test_rows_for_other_trainers_are_refused_with_their_name(tokenizer):
+    source = datasets.Dataset.from_dict({"prompt": ["a"], "completion": ["b"]})
+    with pytest.raises(ValueError, match="Name the text with `text_column`; columns: prompt, completion; or .*TRL"):
+        data.find_text_column(source)
+    with pytest.raises(TypeError, match="must be strings, got list.*TRL"):
+        data.encode([[{"from": "human", "value": "hi"}]], tokenizer, eos=True, max_length=None)
+
+
+# ---- ebt train clm ---------------------------------------------------------------------------------------------
+
+TINY_RUN = (
+    "--use_cpu --disable_tqdm true --report_to none --tokenizer_name tiny_shakespeare --block_size 8 "
+    "--config_overrides hidden_size=16,intermediate_size=16,num_hidden_layers=1,num_attention_heads=2 "
+    "--lr_scheduler_type constant --warmup_steps 0 --learning_rate 1e-2"
+)
+
+
+def run(out: Path, options: str) -> dict[str, torch.Tensor]:
+    run_clm.main(f"--output_dir {out} {TINY_RUN} {options}".split())
+    return load_file(out / "model.safetensors")
+
+
+@pytest.mark.parametrize("packing", ["", "--no_packing"])
+def test_an_interrupted_and_resumed_stream_equals_an_uninterrupted_one(tmp_path, packing):
+    """Ten short documents, of which two are held out: a few steps of two rows are several passes."""
+    path = write(tmp_path, "jsonl", [f"line {number} of ten" for number in range(10)])
+    common = f"--train_file {path} --streaming --shuffle_buffer_size 4 --max_eval_samples 2 {packing}"
+    common += " --per_device_train_batch_size 4 --save_steps 5"
+    whole = run(tmp_path / "whole", f"{common} --max_steps 9")
+    run(tmp_path / "halves", f"{common} --max_steps 5")
+    resumed = run(tmp_path / "halves", f"{common} --max_steps 9")
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_the_script_takes_parts_of_splits(tmp_path, capsys):
+    texts = {"train": ["first " * 9] * 8, "dev": ["second " * 9], "rest": ["third " * 9]}
+    folder = str(tmp_path / "saved")
+    datasets.DatasetDict({name: table(rows) for name, rows in texts.items()}).save_to_disk(folder)
+    options = f"--dataset_name {folder} --max_steps 1 --no_packing"
+    run(tmp_path / "out", f"{options} --train_split train[:25%]+rest --test_split train[6:]")
+    shown = capsys.readouterr().out
+    for part in ("train: 3 documents", "validation: 1 documents", "test: 2 documents"):
+        assert part in shown
+    for refused, message in (
+        ("--train_split rest[:0]", "holds nothing"),
+        ("--dataset_name tiny_shakespeare --text_unit line", "`text_unit` is about .txt files"),
+        ("--dataset_name tiny_shakespeare --dataset_config_name x", "has no configurations"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            run(tmp_path / "refused", f"{options} {refused}")
+    with pytest.raises(SystemExit, match="--train_split needs --dataset_name"):
+        run(tmp_path / "refused", f"--train_file {write(tmp_path, 'txt', TEXTS)} --train_split train")

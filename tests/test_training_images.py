@@ -235,7 +235,7 @@ def test_data_that_cannot_work_is_refused_in_words(tmp_path):
     for paths, message in (
         (["nowhere.parquet"], "'nowhere.parquet' does not exist"),
         ([str(tmp_path)], "holds no image"),
-        ([str(tmp_path / "notes.txt")], "must be image files .*or .parquet"),
+        ([str(tmp_path / "notes.txt")], "must be image files .*.parquet or .tar files"),
     ):
         with pytest.raises((ValueError, FileNotFoundError), match=message):
             load_image_files({"train": paths})

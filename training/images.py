@@ -1,15 +1,13 @@
 """
-Image data: load images, cut and augment them to one size, and give them noise.
+Image data: cut and augment images to one size, and give them noise.
 
 Everything random about an image (crop, flip, noise, timestep) is a function of the seed, the epoch and the image's
 number alone. So a run is the same however it is batched, split over processes and workers, or interrupted.
 """
 
-import glob
-import io
 import math
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -18,169 +16,25 @@ from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..configuration.noise_ebt import SCHEDULE_STEPS, noise_scheduler
-from ..modeling_ebt.image_processing_ebt import IMAGE_COLUMNS
 from ..modeling_ebt.latents import encode
-from .splits import SPLITS
+from .image_loading import (
+    decode_image,
+    first_images,
+    hold_out_images,
+    load_image_files,
+    load_image_set,
+    select_images,
+)
 
 
 if TYPE_CHECKING:
     import datasets
     from PIL.Image import Image as PILImage
 
-IMAGE_ENDINGS = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
-TABLE_ENDING = ".parquet"
 PIL_MODES = {1: "L", 3: "RGB"}
 MEMORY_BUDGET = 2.0  # GB of decoded images; CIFAR-10 takes 0.15, 100,000 images of 64 x 64 take 1.2
-SPLIT_SEED = 0  # every run holds out the same images, whatever its own seed
-EVALUATION_SEED = 0  # and sees them with the same noise
+EVALUATION_SEED = 0  # every run sees the evaluation images with the same noise, whatever its own seed
 _AUGMENTATION, _NOISE = 1, 2
-
-
-def _datasets() -> Any:
-    try:
-        import datasets
-        import PIL.Image  # noqa: F401
-    except ImportError as error:
-        raise ImportError(
-            "Reading images needs `datasets` and `pillow`: pip install 'ebt-transformers[train,image,diffusers]'."
-        ) from error
-    return datasets
-
-
-# ---- loading ---------------------------------------------------------------------------------------------------
-
-
-def _expand(split: str, path: str) -> list[str]:
-    """The files behind a path, a pattern or a folder, sorted."""
-    if "://" in path:
-        return [path]
-    if any(letter in path for letter in "*?["):
-        found = sorted(name for name in glob.glob(path, recursive=True) if Path(name).is_file())
-    elif Path(path).is_dir():
-        inside = sorted(Path(path).rglob("*"))
-        found = [str(name) for name in inside if name.suffix.lower() in (*IMAGE_ENDINGS, TABLE_ENDING)]
-    else:
-        found = [path] if Path(path).is_file() else []
-    if not found:
-        raise FileNotFoundError(f"The {split} data {path!r} does not exist or holds no image. Check the path.")
-    return found
-
-
-def load_image_files(files: Mapping[str, Sequence[str]]) -> "dict[str, datasets.Dataset]":
-    """
-    Images from local files.
-
-    Args:
-        files (mapping of split name to list of paths, patterns or folders): image files, or `.parquet` files with a
-            column of images.
-
-    Returns:
-        `dict` of split name to table.
-
-    Raises:
-        FileNotFoundError: for a path, pattern or folder behind which there is nothing.
-        ValueError: for other kinds of files, or both kinds in one split.
-    """
-    library = _datasets()
-    tables = {}
-    for split, paths in files.items():
-        names = [name for path in paths for name in _expand(split, path)]
-        endings = {Path(name).suffix.lower() for name in names}
-        if endings == {TABLE_ENDING}:
-            tables[split] = library.load_dataset("parquet", data_files={split: names}, split=split)
-        elif endings <= set(IMAGE_ENDINGS):
-            tables[split] = library.Dataset.from_dict({"image": names}).cast_column("image", library.Image())
-        else:
-            raise ValueError(
-                f"The {split} data must be image files ({', '.join(IMAGE_ENDINGS)}) or {TABLE_ENDING} files, not "
-                f"both; got endings {', '.join(sorted(endings)) or 'none'}."
-            )
-    return tables
-
-
-def load_image_set(name: str, config_name: str | None = None) -> "dict[str, datasets.Dataset]":
-    """
-    Images from a named source.
-
-    Args:
-        name (`str`): a dataset id on the Hub, a `.parquet` or image file, a pattern, or a folder (of images, of data
-            files, or written by `save_to_disk`); sub-folders named after splits become splits.
-        config_name (`str`, *optional*): configuration of a Hub dataset.
-
-    Returns:
-        `dict` of split name (`train`, and `validation` and `test` where there are some) to table.
-
-    Raises:
-        FileNotFoundError: for a pattern behind which there is nothing.
-        ValueError: for a source without a `train` split.
-    """
-    library = _datasets()
-    path = Path(name)
-    if path.is_file() or any(letter in name for letter in "*?["):
-        return load_image_files({"train": [name]})
-    if (path / "dataset_dict.json").is_file() or (path / "dataset_info.json").is_file():
-        loaded = library.load_from_disk(name)
-    else:
-        loaded = library.load_dataset(name, config_name)
-    splits = dict(loaded) if isinstance(loaded, dict) else {"train": loaded}
-    if "train" not in splits:
-        raise ValueError(f"{name!r} has no split 'train'. It has: {', '.join(splits)}.")
-    return {split: splits[split] for split in SPLITS if split in splits}
-
-
-def select_images(source: "datasets.Dataset", column: str | None = None) -> "datasets.Dataset":
-    """
-    The images of a table and nothing else (labels stay out), still encoded.
-
-    Args:
-        source (`datasets.Dataset`): a table.
-        column (`str`, *optional*): the column with the images. `None` takes the only one that holds images, or one
-            called `image`, `img`, `images` or `pixel_values`.
-
-    Returns:
-        `datasets.Dataset` with the one column `image` of `{"bytes", "path"}`.
-
-    Raises:
-        ValueError: if there is no such column (listing those there are), or it holds no images.
-    """
-    library = _datasets()
-    names = list(source.column_names)
-    images = [name for name in names if isinstance(source.features[name], library.Image)]
-    if column is None:
-        usual = [name for name in IMAGE_COLUMNS if name in (images or names)]
-        if len(images) != 1 and not usual:
-            raise ValueError(f"Name the column with the images: `image_column`. Columns: {', '.join(names)}.")
-        column = images[0] if len(images) == 1 else usual[0]
-    if column not in names:
-        raise ValueError(f"There is no column {column!r}. Columns: {', '.join(names)}.")
-    try:
-        table = source.select_columns([column]).cast_column(column, library.Image(decode=False))
-    except Exception as error:  # pyarrow has many
-        raise ValueError(f"The column {column!r} holds no images but {source.features[column]}.") from error
-    return table if column == "image" else table.rename_column(column, "image")
-
-
-def hold_out_images(source: "datasets.Dataset", percent: float) -> "tuple[datasets.Dataset, datasets.Dataset]":
-    """
-    Take a random share of the images for validation, the same ones every time.
-
-    Args:
-        source (`datasets.Dataset`): a table.
-        percent (`float`): between 0 and 100, both excluded.
-
-    Returns:
-        Training and validation table.
-
-    Raises:
-        ValueError: for a share out of range, or fewer than 2 images.
-    """
-    if not 0 < percent < 100:
-        raise ValueError(f"`validation_split_percentage` must be between 0 and 100, got {percent}.")
-    if len(source) < 2:
-        raise ValueError(f"The training data has {len(source)} image(s); none can be held out for validation.")
-    held = min(len(source) - 1, max(1, round(len(source) * percent / 100)))
-    order = np.random.default_rng(SPLIT_SEED).permutation(len(source))
-    return source.select(np.sort(order[held:])), source.select(np.sort(order[:held]))
 
 
 # ---- one size --------------------------------------------------------------------------------------------------
@@ -236,6 +90,59 @@ def _generator(key: tuple[int, int, int], stream: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=words, counter=np.array([0, 0, 0, stream], dtype=np.uint64)))
 
 
+@dataclass(frozen=True)
+class ImageCut:
+    """
+    How an encoded image becomes pixels of one size.
+
+    Args:
+        size (`tuple[int, int]`): height and width.
+        num_channels (`int`, *optional*, defaults to 3): 1 for grey, 3 for RGB; images are converted.
+        resize_to (`int`, *optional*): as in [`image_array`].
+        random_crop (`bool`, *optional*, defaults to `False`): crop anywhere instead of in the middle.
+        horizontal_flip (`bool`, *optional*, defaults to `False`): mirror every other image.
+
+    Raises:
+        ValueError: for channels other than 1 and 3.
+    """
+
+    size: tuple[int, int]
+    num_channels: int = 3
+    resize_to: int | None = None
+    random_crop: bool = False
+    horizontal_flip: bool = False
+
+    def __post_init__(self) -> None:
+        if self.num_channels not in PIL_MODES:
+            raise ValueError(f"`num_channels` must be 1 (grey) or 3 (RGB), got {self.num_channels}.")
+
+    def decode(self, row: dict[str, Any], number: int) -> np.ndarray:
+        """An image (C, height, width), uint8; cropped, unless that is random."""
+        array = image_array(decode_image(row, number), self.num_channels, self.size, self.resize_to)
+        return array if self.random_crop else self._window(array, 0.5, 0.5)
+
+    def _window(self, array: np.ndarray, down: float, right: float) -> np.ndarray:
+        """A window of `size`; 0..1 place it from the first possible place to the last."""
+        height, width = self.size
+        top = min(int(down * (array.shape[1] - height + 1)), array.shape[1] - height)
+        left = min(int(right * (array.shape[2] - width + 1)), array.shape[2] - width)
+        return array[:, top : top + height, left : left + width]
+
+    def flips(self, key: tuple[int, int, int]) -> bool:
+        """Whether the image of this key is mirrored."""
+        return self.horizontal_flip and bool(_generator(key, _AUGMENTATION).random() < 0.5)
+
+    def pixels(self, array: np.ndarray, key: tuple[int, int, int], flip: bool) -> Tensor:
+        """A decoded image as (C, H, W) in -1..1, cropped as its key wants it."""
+        if self.random_crop:
+            places = _generator(key, _AUGMENTATION)
+            places.random()  # the first number is the flip's
+            array = self._window(array, *places.random(2))
+        if flip:
+            array = array[:, :, ::-1]
+        return torch.from_numpy(array.astype(np.float32, order="C")).div_(127.5).sub_(1)
+
+
 class Images(torch.utils.data.Dataset):
     """
     Images of one size with values in -1..1. When all of them, decoded, fit into the memory budget they are decoded
@@ -270,16 +177,10 @@ class Images(torch.utils.data.Dataset):
         seed: int = 0,
         memory_budget: float = MEMORY_BUDGET,
     ) -> None:
-        if num_channels not in PIL_MODES:
-            raise ValueError(f"`num_channels` must be 1 (grey) or 3 (RGB), got {num_channels}.")
+        self.cut = ImageCut(size, num_channels, resize_to, training and random_crop, training and horizontal_flip)
         if not len(source):
             raise ValueError("The data set holds no image. Check the files or the split.")
         self.source = source
-        self.size = size
-        self.num_channels = num_channels
-        self.resize_to = resize_to
-        self.random_crop = training and random_crop
-        self.horizontal_flip = training and horizontal_flip
         self.training = training
         self.seed = seed if training else EVALUATION_SEED
         # shared: workers that outlive an epoch see the next one
@@ -298,30 +199,20 @@ class Images(torch.utils.data.Dataset):
 
     def _decode_all(self, budget: float) -> "np.ndarray | list[np.ndarray] | None":
         count = len(self.source)
-        sample = [self._decode(self.source[index]["image"]) for index in range(0, count, max(1, count // 32))]
+        sample = [self._decode(index) for index in range(0, count, max(1, count // 32))]
         if sum(array.nbytes for array in sample) / len(sample) * count > budget:
             return None
-        arrays = (self._decode(row) for batch in self.source.iter(256) for row in batch["image"])
-        if self.random_crop:  # not cropped yet, so of any size
+        rows = (row for batch in self.source.iter(256) for row in batch["image"])
+        arrays = (self.cut.decode(row, index) for index, row in enumerate(rows))
+        if self.cut.random_crop:  # not cropped yet, so of any size
             return list(arrays)
         decoded = np.empty((count, *sample[0].shape), dtype=np.uint8)
         for index, array in enumerate(arrays):
             decoded[index] = array
         return decoded
 
-    def _decode(self, row: dict[str, Any]) -> np.ndarray:
-        from PIL import Image
-
-        with Image.open(row["path"] if row["bytes"] is None else io.BytesIO(row["bytes"])) as image:
-            array = image_array(image, self.num_channels, self.size, self.resize_to)
-        return array if self.random_crop else self._crop(array, 0.5, 0.5)
-
-    def _crop(self, array: np.ndarray, down: float, right: float) -> np.ndarray:
-        """A window of `size`; 0..1 place it from the first possible place to the last."""
-        height, width = self.size
-        top = min(int(down * (array.shape[1] - height + 1)), array.shape[1] - height)
-        left = min(int(right * (array.shape[2] - width + 1)), array.shape[2] - width)
-        return array[:, top : top + height, left : left + width]
+    def _decode(self, index: int) -> np.ndarray:
+        return self.cut.decode(self.source[index]["image"], index)
 
     def __len__(self) -> int:
         return len(self.source)
@@ -336,18 +227,12 @@ class Images(torch.utils.data.Dataset):
 
     def flips(self, index: int) -> bool:
         """Whether this epoch mirrors an image."""
-        return self.horizontal_flip and bool(_generator(self.key(index), _AUGMENTATION).random() < 0.5)
+        return self.cut.flips(self.key(index))
 
     def pixels(self, index: int, flip: bool) -> Tensor:
         """One image (C, H, W) in -1..1, cropped as this epoch wants it."""
-        array = self._decode(self.source[index]["image"]) if self.decoded is None else self.decoded[index]
-        if self.random_crop:
-            places = _generator(self.key(index), _AUGMENTATION)
-            places.random()  # the first number is the flip's
-            array = self._crop(array, *places.random(2))
-        if flip:
-            array = array[:, :, ::-1]
-        return torch.from_numpy(array.astype(np.float32, order="C")).div_(127.5).sub_(1)
+        array = self._decode(index) if self.decoded is None else self.decoded[index]
+        return self.cut.pixels(array, self.key(index), flip)
 
     def __getitem__(self, index: int) -> ImageItem:
         return ImageItem(self.pixels(index, self.flips(index)), self.key(index))
@@ -371,9 +256,9 @@ class Latents(torch.utils.data.Dataset):
         self.images = images
         self.vae = vae
         self.cached: Tensor | None = None
-        ways = (False, True) if images.horizontal_flip else (False,)
+        ways = (False, True) if images.cut.horizontal_flip else (False,)
         first = self._encode([images.pixels(0, False)])
-        if images.random_crop or first.nbytes * len(images) * len(ways) > memory_budget * 1e9:
+        if images.cut.random_crop or first.nbytes * len(images) * len(ways) > memory_budget * 1e9:
             return
         self.cached = torch.empty((len(images), len(ways), *first.shape[1:]))
         for start in range(0, len(images), batch_size):
@@ -500,10 +385,12 @@ __all__ = [
     "MEMORY_BUDGET",
     "DiffusionCollator",
     "EpochCallback",
+    "ImageCut",
     "ImageItem",
     "Images",
     "Latents",
     "NoisyImageCollator",
+    "first_images",
     "hold_out_images",
     "image_array",
     "load_image_files",

@@ -5,8 +5,9 @@ Train a model that denoises images: an Energy-Based Transformer, or its Diffusio
         --max_steps 20000 --per_device_train_batch_size 128 --eval_strategy steps --eval_steps 1000
     ebt train denoise --output_dir runs/twin ... --twin
 
-Images come from the Hub (`--dataset_name`), `.parquet` files, image files, patterns or folders. Every image gets the
-same noise in every evaluation, and other noise in every epoch of training.
+Images come from the Hub (`--dataset_name`), `.parquet` files, `.tar` shards, image files, patterns or folders; with
+`--streaming` they are read while training. Every image gets the same noise in every evaluation, and other noise in
+every epoch of training.
 
 The same command started again goes on from its last checkpoint. At the end the model is evaluated on the validation
 and test data there is (`all_results.json`), and saved with its image processor and model card; the twin as diffusers
@@ -20,6 +21,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .adapters import MERGED_FOLDER, AdapterArguments, add_adapter, check_adapter_arguments, save_merged
+from .data_arguments import check_source_options
+from .denoise_data import DataArguments, prepare_images
 from .script import (
     Refusal,
     RunArguments,
@@ -48,7 +51,6 @@ if TYPE_CHECKING:
     from .trainer import EBTTrainer
 
 DEFAULT_PRESET = "3xs"  # the smallest that is wider than a patch of the default has numbers
-DEFAULT_VALIDATION_PERCENT = 5.0
 DEFAULT_NOISE_LEVEL = 0.1
 TARGET_IMAGES = 256  # from which the energy to stop at is learned
 SHAPE = ("image_size", "patch_size", "num_channels")
@@ -139,51 +141,6 @@ class ModelArguments:
 
 
 @dataclass
-class DataArguments:
-    """Which images, and what is done to them."""
-
-    dataset_name: str | None = field(
-        default=None, metadata={"help": "A Hub id, a local folder, a .parquet or image file, or a pattern."}
-    )
-    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of a Hub data set."})
-    train_file: list[str] | None = field(
-        default=None, metadata={"help": "Training images: .parquet files, image files, patterns or folders."}
-    )
-    validation_file: list[str] | None = field(default=None, metadata={"help": "Validation images."})
-    test_file: list[str] | None = field(default=None, metadata={"help": "Test images."})
-    image_column: str | None = field(
-        default=None, metadata={"help": "Column with the images. Default: the only one, or 'image'."}
-    )
-    validation_split_percentage: float | None = field(
-        default=None,
-        metadata={
-            "help": f"Random share of the training images held out when there is no validation data, the same for "
-            f"every run. Default: {DEFAULT_VALIDATION_PERCENT:g}; 0 for none."
-        },
-    )
-    max_train_samples: int | None = field(default=None, metadata={"help": "Train on the first so many images."})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on the first so many images."})
-    resize_to: int | None = field(
-        default=None,
-        metadata={
-            "help": "Resize the shorter side to so many pixels before cropping; 0 keeps the resolution. Default: what "
-            "--image_size needs."
-        },
-    )
-    random_crop: bool = field(
-        default=False, metadata={"help": "In training crop anywhere instead of in the middle (see --resize_to)."}
-    )
-    horizontal_flip: bool = field(default=True, metadata={"help": "In training mirror every other image."})
-    image_memory: float = field(
-        default=2.0,
-        metadata={
-            "help": "GB of decoded images (or latents) to keep in memory; data sets that need more are decoded anew "
-            "every epoch (--dataloader_num_workers helps)."
-        },
-    )
-
-
-@dataclass
 class NoiseArguments:
     """How much noise."""
 
@@ -246,8 +203,7 @@ def _check_arguments(
             "Say which images to train on: --train_file with .parquet files, image files, patterns or folders, or "
             "--dataset_name with a Hub id."
         )
-    if data.dataset_config_name is not None and data.dataset_name is None:
-        raise Refusal("--dataset_config_name needs --dataset_name.")
+    check_source_options(data, training)
     check_counts(data, "max_train_samples", "max_eval_samples")
     if data.resize_to is not None and data.resize_to < 0:
         raise Refusal(f"--resize_to must be at least 0, got {data.resize_to}.")
@@ -311,68 +267,6 @@ def _build_model(model: ModelArguments, config: "EBTImageConfig", max_timestep: 
 
         return DiTTwin(new_dit(config), max_timestep=max_timestep)
     return AutoModelForImageToImage.from_config(config, dtype=torch.float32)
-
-
-# ---- data ------------------------------------------------------------------------------------------------------
-
-
-def _load_tables(data: DataArguments) -> dict[str, Any]:
-    from .images import hold_out_images, load_image_files, load_image_set, select_images
-
-    if data.train_file is not None:
-        named = {"train": data.train_file, "validation": data.validation_file, "test": data.test_file}
-        loaded = load_image_files({split: paths for split, paths in named.items() if paths})
-    else:
-        loaded = load_image_set(str(data.dataset_name), data.dataset_config_name)
-    tables: dict[str, Any] = {split: select_images(table, data.image_column) for split, table in loaded.items()}
-    percent = data.validation_split_percentage
-    if "validation" in tables:
-        if percent is not None:
-            raise Refusal(
-                "--validation_split_percentage has no effect: there is validation data already. Leave it out."
-            )
-        return tables
-    percent = DEFAULT_VALIDATION_PERCENT if percent is None else percent
-    if percent != 0:
-        say(f"No validation data: {percent:g} % of the training images are held out for it.")
-        tables["train"], tables["validation"] = hold_out_images(tables["train"], percent)
-    return tables
-
-
-def _images(split: str, table: Any, size: tuple[int, int], channels: int, data: DataArguments, seed: int) -> Any:
-    """One split as images of one size."""
-    from .images import Images
-
-    training = split == "train"
-    limit = data.max_train_samples if training else data.max_eval_samples
-    if limit is not None:
-        table = table.select(range(min(limit, len(table))))
-    images = Images(
-        table,
-        size,
-        channels,
-        resize_to=data.resize_to,
-        training=training,
-        random_crop=data.random_crop,
-        horizontal_flip=data.horizontal_flip,
-        seed=seed,
-        memory_budget=data.image_memory,
-    )
-    where = "decoded in memory" if images.in_memory else "decoded anew every epoch"
-    say(f"{split}: {len(images):,} images, {size[0]} x {size[1]}, {where}.")
-    return images
-
-
-def _latents(images: dict[str, Any], vae: Any, data: DataArguments, training: "EBTImageTrainingArguments") -> Any:
-    from .images import Latents
-
-    found = {split: Latents(items, vae, data.image_memory) for split, items in images.items()}
-    if training.dataloader_num_workers and not all(latents.in_memory for latents in found.values()):
-        raise Refusal(
-            "--dataloader_num_workers cannot encode latents: they do not fit into --image_memory, or --random_crop "
-            "changes them. Leave it out."
-        )
-    return found
 
 
 # ---- run -------------------------------------------------------------------------------------------------------
@@ -471,13 +365,7 @@ def _run(argv: list[str]) -> None:
     share = noise_args.twin_max_timestep or level
     max_timestep = max(1, share_timesteps(share))
     with training_args.main_process_first(desc="reading the data"), refusing_bad_values():
-        tables = _load_tables(data_args)
-        images: dict[str, Any] = {
-            split: _images(split, table, size, channels, data_args, training_args.seed)
-            for split, table in tables.items()
-        }
-        if vae is not None:
-            images = _latents(images, vae, data_args, training_args)
+        images = prepare_images(data_args, size, channels, vae, training_args)
         collator = (
             DiffusionCollator(max_timestep)
             if model_args.twin
@@ -501,7 +389,8 @@ def _run(argv: list[str]) -> None:
             if model_args.twin
             else EBTImageProcessor.from_model_config(config, vae_scale_factor(vae)),
             data_collator=collator,
-            callbacks=[EpochCallback(images["train"]), *averages],
+            # a stream counts its passes itself
+            callbacks=[*([] if data_args.streaming else [EpochCallback(images["train"])]), *averages],
             run_facts=RunFacts(
                 data=_describe(source, size, channels, level, noise_args, max_timestep if model_args.twin else None),
                 command=shlex.join(["ebt", "train", "denoise", *argv]),
