@@ -17,6 +17,7 @@ SUBPACKAGES = (
     "modeling_ebt",
     "pipelines",
     "training",
+    "web",
 )
 ROOT_MODULES = ("__init__", "cli", "demo", "demo_image", "registration", "reporting")
 DATA_FOLDERS = ("assets.tiny_ebt", "assets.tiny_ebt_image")  # no code inside; setuptools wants them named all the same
