@@ -102,6 +102,7 @@ class EBTTrainer(Trainer):
     - **checkpoints that survive**: weights are written beside the old ones and then put in their place; a checkpoint
       that cannot be written (full disk) is removed and the one before stays the last.
     - **a model card** (`README.md`) whenever `save_model()` is called.
+    - **energies for `compute_metrics`**, where `ignore_keys` leaves them in: see [`energy_compute_metrics`].
     - **adapters**: a `PeftModel` trains and is saved as with the parent, and all of the above holds for it; the step
       size learns beside the adapter with `modules_to_save=["step_size"]`.
 
@@ -349,10 +350,15 @@ class EBTTrainer(Trainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> Any:
-        """One evaluation batch, as in the parent; rows that only fill the last batch up are not scored."""
+        """
+        One evaluation batch, as in the parent; rows that only fill the last batch up are not scored. Energies are
+        among the predictions if `ignore_keys` is given without them (see `compute_metrics.py`).
+        """
         if ignore_keys is None:
             config = getattr(self.model, "config", None)
             ignore_keys = [*getattr(config, "keys_to_ignore_at_inference", []), *NO_PREDICTIONS]
+        elif "energies" not in ignore_keys and not prediction_loss_only and hasattr(self.model, "energy"):
+            inputs = {**inputs, "output_energies": True}
         self._scored_rows = None
         if self._predicts_images(inputs):
             inputs = self._score_images_once(inputs, prediction_loss_only)
