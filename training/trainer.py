@@ -435,6 +435,13 @@ class EBTTrainer(Trainer):
                 "again to resume."
             ) from error
 
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        # the parent pushes config and weights of the newest checkpoint, but not the code that the config names
+        if self.is_world_process_zero():
+            for code in Path(checkpoint_folder).glob("*.py"):
+                shutil.copy(code, self.args.output_dir)
+        super()._push_from_checkpoint(checkpoint_folder)
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         target = Path(self.args.output_dir if output_dir is None else output_dir)
         if not self.args.should_save:
