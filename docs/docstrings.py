@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "ebt_transformers"
 TITLES = ("Args", "Returns", "Raises", "Yields", "Attributes", "Note")
 LISTS = ("Args", "Raises", "Attributes")
+DESCRIPTIONS = ("_DESCRIPTION", "_KWARGS_DESCRIPTION")
 HEAD = re.compile(rf"^( *)({'|'.join(TITLES)}):$")
 ENTRY = re.compile(r"^(\*{0,2}\w[\w.]*(?:, \*{0,2}\w[\w.]*)*)(?=:| \()")
 REFERENCE = re.compile(r"\[(`~?([\w.]+)`)\](?![\[(])")
@@ -84,3 +85,9 @@ class TransformersDocstrings(griffe.Extension):
         """Called by griffe for every module, class, function and attribute."""
         if obj.docstring is not None and obj.path.startswith(PACKAGE):
             obj.docstring.value = linked(as_markdown(obj.docstring.value), self.names)
+
+    def on_module_members(self, *, mod: griffe.Module, **kwargs: object) -> None:
+        """The module of a metric: what `evaluate` makes the docstring of its class."""
+        if DESCRIPTIONS[1] in mod.members:
+            words = "\n".join(ast.literal_eval(str(mod[name].value)) for name in DESCRIPTIONS)
+            mod.docstring = griffe.Docstring(linked(as_markdown(words), self.names), parent=mod)

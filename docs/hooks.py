@@ -24,9 +24,10 @@ ROOT = Path(__file__).resolve().parent.parent
 DOCS = "docs/"
 # sections of the navigation, and the folder of their pages
 FOLDERS = {"How to": "howto", "Results": "results"}
-PICTURES = {".png", ".svg", ".jpg"}
-# pages from outside `docs/` that the navigation names, and where they go
-PAGES = {name: name for name in ("ARCHITECTURE.md", "CHANGELOG.md", "CONTRIBUTING.md", "MIGRATION.md")}
+# shown or downloaded as they are
+FILES = {".png", ".svg", ".jpg", ".ipynb"}
+# pages from outside `docs/` that the navigation names
+PAGES = ("ARCHITECTURE.md", "CHANGELOG.md", "CONTRIBUTING.md", "MIGRATION.md", "examples/README.md")
 # a README would be taken for the index of its folder
 RENAMED = {"README.md": "overview.md"}
 SECTIONS = {"glossary.md": ("ARCHITECTURE.md", "Glossary")}
@@ -82,7 +83,7 @@ def place(target: str) -> str:
     path = PurePosixPath(target)
     if target.startswith(DOCS) and path.suffix != ".py":
         return target.removeprefix(DOCS)
-    if path.suffix in PICTURES | {".md"}:
+    if path.suffix in FILES | {".md"}:
         return RENAMED.get(target, target)
     return f"source/{target}.md"
 
@@ -94,7 +95,8 @@ def content(target: str) -> str | None:
     text = (ROOT / target).read_text(encoding="utf-8")
     language = LANGUAGES.get(PurePosixPath(target).suffix, "text")
     # pages of code would drown all others in the search
-    return f"---\ntitle: {target}\nsearch:\n  exclude: true\n---\n\n# `{target}`\n\n~~~~~~{language}\n{text}\n~~~~~~\n"
+    head = f"---\ntitle: {target}\nhide: [toc]\nsearch:\n  exclude: true\n---\n\n# `{target}`\n\n"
+    return f"{head}~~~~~~{language}\n{text}\n~~~~~~\n"
 
 
 def links(origin: str) -> Iterator[str]:
@@ -140,8 +142,8 @@ def on_files(files: Any, *, config: Any) -> Any:
         if origin not in seen:
             seen.add(origin)
             text = content(origin)
-            source = {"abs_src_path": str(ROOT / origin)} if text is None else {"content": text}
-            files.append(File.generated(config, place(origin), **source))
+            file = File.generated(config, place(origin), content=text or (ROOT / origin).read_bytes())
+            files.append(file)
             _origins[place(origin)] = origin
         if origin.endswith(".md"):
             waiting += [target for target in links(origin) if target not in seen and not _is_in_docs(target)]

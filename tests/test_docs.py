@@ -26,7 +26,7 @@ from ebt_transformers import cli
 
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = ["README.md", "ARCHITECTURE.md", "MIGRATION.md", "CONTRIBUTING.md", "CHANGELOG.md"]
+PAGES = ["README.md", "ARCHITECTURE.md", "MIGRATION.md", "CONTRIBUTING.md", "CHANGELOG.md", "examples/README.md"]
 PAGES += [str(page.relative_to(ROOT)) for page in sorted((ROOT / "docs").rglob("*.md"))]
 BLOCK = re.compile(r"^( *)```(python|bash)\n(.*?)^ *```$", re.DOTALL | re.MULTILINE)
 FENCED = re.compile(r"^ *```.*?^ *```$", re.DOTALL | re.MULTILINE)
@@ -308,6 +308,18 @@ def test_the_glossary_is_that_of_the_architecture(site: Path) -> None:
     rows = [line for line in text.splitlines() if line.startswith("| ")]
     page = (site / "glossary.html").read_text(encoding="utf-8")
     assert page.count("<tr>") == len(rows)  # one of them, the header; the rule below it starts with |-
+
+
+def test_docstrings_become_lists_and_links() -> None:
+    pytest.importorskip("griffe", reason="the extra docs is not installed")
+    module = runpy.run_path(str(ROOT / "docs" / "docstrings.py"))
+    docstring = (
+        "Walks.\n\nArgs:\n    a, b (`int`): from\n        here.\n    c: to [`EBTConfig`].\n\nReturns:\n    `x`."
+    )
+    expected = "**Arguments**\n\n- **`a, b`** (`int`): from\n    here.\n- **`c`**: to [`EBTConfig`].\n"
+    assert expected in module["as_markdown"](docstring)
+    linked = module["linked"]("[`EBTConfig`] [`~x.EBTConfig.y`] [`nobody`]", {"EBTConfig": "e.EBTConfig"})
+    assert linked == "[`EBTConfig`][e.EBTConfig] `x.EBTConfig.y` `nobody`"
 
 
 def test_the_picture_is_what_its_script_draws() -> None:
