@@ -455,3 +455,44 @@ def test_code_that_comes_with_a_model_runs_only_when_asked_for(tmp_path, clm, no
         watch(auto)
     clm(tmp_path / "run", "--model_name_or_path", str(text_base), *(["--trust_remote_code"] if trust else []), steps=1)
     assert seen == {"AutoConfig": trust, "AutoTokenizer": trust, "AutoModelForCausalLM": trust}
+
+
+# ---- the Hub ---------------------------------------------------------------------------------------------------
+
+
+PUSHED = """
+import sys
+sys.path.insert(0, {tests!r})
+import importlib.util
+spec = importlib.util.spec_from_file_location("laws", {file!r})
+laws = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(laws)
+import pathlib, torch
+folder = pathlib.Path({folder!r})
+laws.tiny("text").push_to_hub("user/base")
+base = laws.EBTForCausalLM.from_pretrained("user/base")
+model = laws.get_peft_model(base, laws.config_of("lora", "text", modules_to_save=["step_size"]))
+trainer = laws.trainer_of(model, folder, push_to_hub=True, hub_model_id="user/adapter")
+trainer.train()
+trainer.push_to_hub()
+loaded = laws.AutoModelForCausalLM.from_pretrained("user/adapter")
+assert torch.equal(laws.prediction(loaded), laws.prediction(trainer.model))
+"""
+
+
+@pytest.mark.slow
+def test_an_adapter_is_pushed_and_finds_its_base_on_the_hub(tmp_path, subprocess_env):
+    from hub_server import HubServer
+
+    script = tmp_path / "push.py"
+    tests, folder = str(Path(__file__).parent), str(tmp_path / "out")
+    script.write_text(PUSHED.format(tests=tests, file=__file__, folder=folder))
+    with HubServer(tmp_path / "hub") as hub:
+        environment = {**hub.environment(tmp_path / "home"), "PYTHONPATH": subprocess_env["PYTHONPATH"]}
+        subprocess.run([sys.executable, str(script)], check=True, timeout=300, env=environment)
+        pushed = hub.repositories["model", "user/adapter"]
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "user/base"
+    files = pushed.commits[pushed.branches["main"]].files
+    assert {"adapter_config.json", "adapter_model.safetensors", "README.md"} <= set(files)
+    assert not any(name.startswith("model") or name.endswith(".py") for name in files)
