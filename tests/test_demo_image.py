@@ -203,7 +203,7 @@ def test_the_command_line_hands_everything_on(monkeypatch: pytest.MonkeyPatch) -
     calls: list[tuple[Any, dict[str, Any]]] = []
     monkeypatch.setattr(demo_image, "run_image_demo", lambda picture, **options: calls.append((picture, options)))
     assert cli.main(["demo", "--image"]) == 0
-    assert calls.pop() == (str(example_picture_path()), {"seed": 0, "output_dir": "ebt_demo"})
+    assert calls.pop() == (str(example_picture_path()), {})
     options = ["--steps", "2", "4", "--levels", "0.3", "--model", "m", "--seed", "5", "--output-dir", "o"]
     assert cli.main(["demo", "--image", "p.png", *options]) == 0
     given = {"steps": [2, 4], "levels": [0.3], "model": "m", "seed": 5, "output_dir": "o"}

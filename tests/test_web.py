@@ -46,7 +46,7 @@ def denoiser() -> Any:
 
 @pytest.fixture(scope="module")
 def small_picture() -> Any:
-    return read_picture(example_picture_path()).resize((64, 64))
+    return read_picture(example_picture_path()).resize((40, 40))
 
 
 # ---- text ------------------------------------------------------------------------------------------------------
@@ -218,7 +218,7 @@ def test_a_bad_picture_is_a_clear_message(denoiser: Any, tmp_path: Path) -> None
     broken = tmp_path / "broken.png"
     broken.write_text("no picture")
     for arguments, said in (
-        ((str(broken), 0.2, 2, False, None, 0), "Cannot read .*broken.png as a picture"),
+        ((str(broken), 0.2, 2, False, None, 0), "Cannot read broken.png as a picture. Upload a PNG"),
         ((None, 0.2, 2, False, None, 0), "There is no picture"),
         ((str(example_picture_path()), 0.2, 2, True, None, 0), "There is no target energy"),
         ((str(example_picture_path()), 1.2, 2, False, None, 0), "must be above 0 and at most 1"),
@@ -364,8 +364,47 @@ def test_a_visitor_watches_a_picture_being_denoised(page: Any, denoiser: Any) ->
     expect(page.get_by_text("What is an Energy-Based Transformer?")).to_be_visible()
 
 
-def test_a_mistake_is_a_message_on_the_page(page: Any) -> None:
+def test_a_mistake_is_a_message_on_the_page(page: Any, tmp_path: Path) -> None:
     from playwright.sync_api import expect
 
+    message = page.get_by_test_id("toast-body").last
     generate(page, "", steps=1)
-    expect(page.get_by_test_id("toast-body")).to_contain_text("The prompt is empty. Type some text")
+    expect(message).to_contain_text("The prompt is empty. Type some text")
+    broken = tmp_path / "broken.png"
+    broken.write_text("no picture")
+    page.get_by_role("tab", name="Denoise").click()
+    page.get_by_label("Remove Image").click()
+    page.locator("#picture input[type=file]").set_input_files(broken)
+    expect(page.locator("#picture img")).to_have_count(1)
+    page.click("#denoise")
+    expect(message).to_contain_text("Cannot read broken.png as a picture")
+
+
+@pytest.mark.slow
+def test_visitors_do_not_see_each_others_texts(page: Any, browser: Any, address: str) -> None:
+    from playwright.sync_api import expect
+
+    other = browser.new_context().new_page()
+    other.goto(address)
+    for visitor, prompt, new in ((page, "JULIET:\n", 5), (other, "KING:\n", 3)):
+        generate(visitor, prompt, steps=1, new=new)
+        expect(visitor.locator("#token_line")).to_contain_text(f"Token 1 of {new}", timeout=PATIENCE)
+    page.locator("#tokens .token").nth(4).click()
+    expect(page.locator("#token_line")).to_contain_text("Token 5 of 5")
+    expect(other.locator("#token_line")).to_contain_text("Token 1 of 3")
+    other.context.close()
+
+
+@pytest.mark.slow
+def test_a_stopped_text_ends_early_and_is_shown(page: Any) -> None:
+    from playwright.sync_api import expect
+
+    line = page.locator("#token_line")
+    generate(page, "JULIET:\n", steps=1, new=3)
+    expect(line).to_contain_text("Token 1 of 3", timeout=PATIENCE)
+    generate(page, "JULIET:\n", steps=16, candidates=8, new=200)
+    expect(line).to_contain_text("Thinking ...")
+    assert page.locator("#tokens .token").count() == 0  # nothing of the text before
+    page.click("#stop")
+    expect(line).to_contain_text("Token 1 of", timeout=PATIENCE)
+    assert 1 <= page.locator("#tokens .token").count() < 150

@@ -20,7 +20,9 @@ KEEP_FILES = (3600, 3600)  # seconds: how often uploaded and shown pictures are 
 STYLE = """
 .gradio-container { max-width: 1280px !important; margin: auto; }
 #continuation textarea, #tokens { font-size: 15px; line-height: 1.5; }
+#gallery .grid-wrap { max-height: none; }
 """
+
 # how the pages are served: nothing comes from elsewhere, and nothing is kept or told
 OFFLINE: dict[str, Any] = {
     "theme": gr.themes.Default(font=SYSTEM_FONTS, font_mono=MONOSPACE_FONTS),
@@ -59,7 +61,7 @@ def build_app(text_model: str | None = None, image_model: str | None = None) -> 
     """
     model, tokenizer = load_checkpoint(text_model)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
-    tabs = {
+    tabs: dict[str, TextTab | DenoiseTab] = {
         "Text": TextTab(model, tokenizer, text_model),
         "Denoise": DenoiseTab(load_denoiser(image_model), image_model),
     }

@@ -33,6 +33,14 @@ def captioned_pictures(walk: PictureWalk) -> list[tuple[Image.Image, str]]:
     ]
 
 
+def _read(path: Path) -> Image.Image:
+    """An uploaded picture. Where the server keeps it is nothing a visitor should read."""
+    try:
+        return read_picture(path)
+    except (ValueError, FileNotFoundError) as error:
+        raise ValueError(f"Cannot read {path.name} as a picture. Upload a PNG, a JPEG or the like.") from error
+
+
 class DenoiseTab:
     """
     The tab that adds noise to a picture and shows every step back. It keeps nothing between calls.
@@ -58,12 +66,11 @@ class DenoiseTab:
         with as_message(), threads_for(self.denoiser.model):
             if picture is None:
                 raise ValueError("There is no picture. Upload one, or take the astronaut.")
-            if stops and target is None:
+            goal = target if stops else None
+            if stops and goal is None:
                 raise ValueError("There is no target energy. Give a number, or let every step be taken.")
-            image = read_picture(Path(picture))
-            walk = watch_picture(
-                self.denoiser, image, float(level), int(steps), float(target) if stops else None, int(seed)
-            )
+            image = _read(Path(picture))
+            walk = watch_picture(self.denoiser, image, float(level), int(steps), goal, int(seed))
         return captioned_pictures(walk), draw_denoising_curves(walk), about_picture(walk)
 
     def build(self) -> None:
@@ -79,6 +86,8 @@ class DenoiseTab:
                     height=230,
                     elem_id="picture",
                 )
+                # the component's own reading of a broken file ends in a traceback, ours in a message
+                setattr(picture, "preprocess", lambda payload: None if payload is None else payload.path)  # noqa: B010
                 astronaut = gr.Button("Take the astronaut", size="sm", elem_id="astronaut")
                 trained = "" if self.trained_level is None else f" The model was trained with {self.trained_level:g}."
                 level = gr.Slider(

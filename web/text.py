@@ -247,7 +247,12 @@ class _StopsOn(StoppingCriteria):
 
 
 def stream_text(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, thinking: ThinkingConfig, **options: Any
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    thinking: ThinkingConfig,
+    stop: Event | None = None,
+    **options: Any,
 ) -> Iterator[str | WatchedText]:
     """
     [`watch_text`] while it happens: yields the continuation so far (`str`) after every token, and at last the
@@ -255,8 +260,9 @@ def stream_text(
 
     Args:
         model, tokenizer, prompt, thinking, options: as in [`watch_text`], and raises as it does.
+        stop (`threading.Event`, *optional*): once it is set, the text ends with the token under way.
     """
-    channel, stop = _Channel(), Event()
+    channel, stop = _Channel(), stop or Event()
 
     def work() -> None:
         criteria = StoppingCriteriaList([_StopsOn(stop)])

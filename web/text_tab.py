@@ -1,6 +1,7 @@
 """The tab "Text": writes text, and shows the thinking behind every token."""
 
 from collections.abc import Iterator, Sequence
+from threading import Event
 from typing import Any
 
 import torch
@@ -59,6 +60,7 @@ class TextTab:
         if not hasattr(model, "energy"):
             raise ValueError(f"{type(model).__name__} is no energy-based model: it does not think in steps.")
         self.model, self.tokenizer, self.source = model, tokenizer, source
+        self._stops: dict[str | None, Event] = {}  # of the text that a visitor is waiting for
 
     def generate(
         self,
@@ -70,22 +72,35 @@ class TextTab:
         new: int,
         temperature: float,
         seed: int,
+        request: gr.Request | None = None,
     ) -> Iterator[tuple[Any, ...]]:
-        """Yields updates of `outputs`: the growing text, then everything about it."""
-        with as_message(), threads_for(self.model):
-            thinking = ThinkingConfig(
-                steps=int(steps),
-                candidates=int(candidates),
-                noise_std=float(noise),
-                step_size_scale=float(scale),
-                seed=int(seed),
-            )
-            options = {"max_new_tokens": int(new), "temperature": float(temperature) or None, "seed": int(seed)}
-            for found in stream_text(self.model, self.tokenizer, prompt, thinking, **options):
-                if isinstance(found, str):
-                    yield (None, found, *[gr.skip()] * 6)
-                else:
-                    yield self._result(found)
+        """Yields updates of `outputs`: the growing text, then everything about it. `request` says who asks."""
+        visitor = None if request is None else request.session_hash
+        stop = self._stops[visitor] = Event()
+        try:
+            with as_message(), threads_for(self.model):
+                thinking = ThinkingConfig(
+                    steps=int(steps),
+                    candidates=int(candidates),
+                    noise_std=float(noise),
+                    step_size_scale=float(scale),
+                    seed=int(seed),
+                )
+                options = {"max_new_tokens": int(new), "temperature": float(temperature) or None, "seed": int(seed)}
+                cleared: tuple[Any, ...] = ([], [], gr.update(interactive=False), "Thinking ...", None, None)
+                for found in stream_text(self.model, self.tokenizer, prompt, thinking, stop, **options):
+                    if isinstance(found, str):
+                        yield (None, found, *cleared)
+                        cleared = (gr.skip(),) * len(cleared)
+                    else:
+                        yield self._result(found)
+        finally:
+            self._stops.pop(visitor, None)
+
+    def stop(self, request: gr.Request) -> None:
+        """Ends the text of a visitor with the token under way."""
+        if request.session_hash in self._stops:
+            self._stops[request.session_hash].set()
 
     def _result(self, text: WatchedText) -> tuple[Any, ...]:
         chips = [(token.text.replace("\n", "↵"), token.entropy / self._most_entropy) for token in text.tokens]
@@ -165,8 +180,8 @@ class TextTab:
 
         inputs = [prompt, steps, candidates, noise, scale, new, temperature, seed]
         outputs = [state, shown, chips, table, number, line, bars, energies]
-        running = button.click(self.generate, inputs, outputs, **ONE_AT_A_TIME)
-        stop.click(None, cancels=[running], **PRIVATE)
+        button.click(self.generate, inputs, outputs, **ONE_AT_A_TIME)
+        stop.click(self.stop, None, None, queue=False, **PRIVATE)
         # a click on a token or a row moves the slider, and the slider shows the token
         for picked in (chips, table):
             picked.select(_picked, None, number, **PRIVATE)
