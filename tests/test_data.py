@@ -6,6 +6,7 @@ from itertools import islice
 from pathlib import Path
 
 import datasets
+import fsspec
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -303,9 +304,22 @@ def test_a_folder_of_text_files_is_cut_as_a_file_is(tmp_path, streaming):
     assert [text.strip() for text in read["paragraph"]] == ["one\ntwo", "three"]
     assert [text for text in read["line"] if text] == ["one", "two", "three"]
     write(tmp_path, "jsonl", TEXTS)
-    for refused in (lambda: data.load_files({"train": [str(tmp_path / "texts.jsonl")]}, text_unit="line"),):
-        with pytest.raises(ValueError, match="`text_unit` is about .txt files"):
-            refused()
+    with pytest.raises(ValueError, match="`text_unit` is about .txt files"):
+        data.load_files({"train": [str(tmp_path / "texts.jsonl")]}, streaming, text_unit="line")
+
+
+def test_data_that_cannot_be_read_are_named_with_the_cause(tmp_path, monkeypatch):
+    (tmp_path / "torn.jsonl").write_text('{"text": "a"}\n{"text": ')
+    with pytest.raises(ValueError, match="torn.jsonl cannot be read: .*JSON.*Check the files"):
+        data.load_files({"train": [str(tmp_path / "torn.jsonl")]})
+    with pytest.raises(FileNotFoundError, match="No train file matches '.*none.*.txt'. Check the pattern"):
+        data.load_files({"train": [str(tmp_path / "none*.txt")]})
+    with pytest.raises(ValueError, match="cannot be reached: .*some/where.*Check the name and the connection"):
+        data.load_named("some/where")
+    (tmp_path / "a.txt.zst").write_bytes(b"x")
+    monkeypatch.delitem(fsspec.compression.compr, "zstd", raising=False)
+    with pytest.raises(ImportError, match="a.txt.zst' needs zstandard to be read: pip install zstandard"):
+        data.load_files({"train": [str(tmp_path / "a.txt.zst")]})
 
 
 # ---- splits ----------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..modeling_ebt.image_processing_ebt import IMAGE_COLUMNS, LARGEST_16_BIT
+from .datasets_library import datasets_library, load_dataset
 from .splits import USUAL_NAMES, choose_splits, is_stream
 
 
@@ -24,18 +25,8 @@ TABLE_LOADERS = {".parquet": "parquet", ".tar": "webdataset"}
 ENDINGS = (*IMAGE_ENDINGS, *TABLE_LOADERS)
 SPLIT_FOLDERS = {name for names in USUAL_NAMES.values() for name in names}
 SPLIT_SEED = 0  # every run holds out the same images, whatever its own seed
+PACKAGES = "'ebt-transformers[train,image,diffusers]'"
 STREAM_SHARDS = 64  # parts of a long list of files, which are shuffled as a whole
-
-
-def _datasets() -> Any:
-    try:
-        import datasets
-        import PIL.Image  # noqa: F401
-    except ImportError as error:
-        raise ImportError(
-            "Reading images needs `datasets` and `pillow`: pip install 'ebt-transformers[train,image,diffusers]'."
-        ) from error
-    return datasets
 
 
 # ---- files -----------------------------------------------------------------------------------------------------
@@ -82,14 +73,14 @@ def load_image_files(files: Mapping[str, Sequence[str]], streaming: bool = False
         FileNotFoundError: for a path, pattern or folder behind which there is nothing.
         ValueError: for other kinds of files, several kinds in one split, or a folder with several splits.
     """
-    library = _datasets()
+    library = datasets_library(PACKAGES)
     tables = {}
     for split, paths in files.items():
         names = [name for path in paths for name in _expand(split, path)]
         endings = {Path(name).suffix.lower() for name in names}
         loader = TABLE_LOADERS.get(next(iter(endings))) if len(endings) == 1 else None
         if loader is not None:
-            tables[split] = library.load_dataset(loader, data_files={split: names}, split=split, streaming=streaming)
+            tables[split] = load_dataset(loader, data_files={split: names}, split=split, streaming=streaming)
         elif endings <= set(IMAGE_ENDINGS):
             table = library.Dataset.from_dict({"image": names}).cast_column("image", library.Image())
             tables[split] = _as_stream(table) if streaming else table
@@ -133,7 +124,7 @@ def load_image_set(
 
 
 def _all_splits(name: str, config_name: str | None, streaming: bool) -> dict[str, Any]:
-    library = _datasets()
+    library = datasets_library(PACKAGES)
     path = Path(name)
     files = path.is_file() or any(letter in name for letter in "*?[")
     saved = (path / "dataset_dict.json").is_file() or (path / "dataset_info.json").is_file()
@@ -141,7 +132,7 @@ def _all_splits(name: str, config_name: str | None, streaming: bool) -> dict[str
         raise ValueError(f"{name!r} has no configurations. Leave `dataset_config_name` out.")
     if files:
         return load_image_files({"train": [name]}, streaming)
-    loaded = library.load_from_disk(name) if saved else library.load_dataset(name, config_name, streaming=streaming)
+    loaded = library.load_from_disk(name) if saved else load_dataset(name, config_name, streaming=streaming)
     tables = dict(loaded) if isinstance(loaded, dict) else {"train": loaded}
     if saved and streaming:  # it lies on disk already: read from there
         return {split: _as_stream(table) for split, table in tables.items()}
@@ -166,7 +157,7 @@ def select_images(source: Any, column: str | None = None) -> Any:
     Raises:
         ValueError: if there is no such column (listing those there are), or it holds no images.
     """
-    library = _datasets()
+    library = datasets_library(PACKAGES)
     features = source.features or {}
     names = list(source.column_names or next(iter(source), {}))
     images = [name for name in names if isinstance(features.get(name), library.Image)]
@@ -220,7 +211,7 @@ def first_images(source: "datasets.IterableDataset", count: int) -> "datasets.Da
     Raises:
         ValueError: if the stream holds nothing.
     """
-    library = _datasets()
+    library = datasets_library(PACKAGES)
     rows = list(source.take(count))
     if not rows:
         raise ValueError("The stream holds no image to evaluate on. Check the files or the split.")
@@ -241,7 +232,7 @@ def decode_image(row: Mapping[str, Any] | None, number: int) -> "PILImage":
     Raises:
         ValueError: for an image that is missing or cannot be read, saying which.
     """
-    library = _datasets()
+    library = datasets_library(PACKAGES)
     name = f"Image number {number}" + (f" ({row['path']})" if row and row.get("path") else "")
     if not row or (row["bytes"] is None and row["path"] is None):
         raise ValueError(f"{name} is missing: its row is empty. Take the row out, or check `image_column`.")

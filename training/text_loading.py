@@ -1,10 +1,12 @@
 """Documents for language models: from files, folders, the Hub, or the embedded text; which column, which split."""
 
+import glob
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Union
 from urllib.parse import urlsplit
 
+from .datasets_library import datasets_library, load_dataset
 from .splits import choose_splits, is_stream
 
 
@@ -22,17 +24,6 @@ USE_TRL = "fine-tune with TRL, which knows conversations, prompts and preference
 
 # whole texts in memory, a table on disk, or a stream
 Documents = Union[list[str], "datasets.Dataset", "datasets.IterableDataset"]
-
-
-def _datasets() -> Any:
-    try:
-        import datasets
-    except ImportError as error:
-        raise ImportError(
-            f"Reading this data needs the `datasets` library: pip install datasets. (The embedded text, "
-            f"`--dataset_name {EMBEDDED}`, needs nothing.)"
-        ) from error
-    return datasets
 
 
 def embedded_documents() -> dict[str, Documents]:
@@ -78,8 +69,17 @@ def _sampling(is_text: bool, text_unit: str | None, default_unit: str, source: s
 
 
 def _check_file(split: str, path: str) -> None:
-    if "://" in path or any(letter in path for letter in "*?["):
+    if path.lower().endswith(".zst"):
+        from fsspec.compression import compr
+
+        if "zstd" not in compr:
+            raise ImportError(f"The {split} file {path!r} needs zstandard to be read: pip install zstandard.")
+    if "://" in path:
         return  # the loader says when it finds nothing
+    if any(letter in path for letter in "*?["):
+        if not glob.glob(path, recursive=True):
+            raise FileNotFoundError(f"No {split} file matches {path!r}. Check the pattern.")
+        return
     if Path(path).is_dir():
         raise ValueError(f"The {split} file {path!r} is a folder. Give its files ({path}/*.txt) or `dataset_name`.")
     if not Path(path).is_file():
@@ -120,7 +120,7 @@ def load_files(
     kind = kinds.pop()
     options = _sampling(kind == "text", text_unit, default_unit, f"a {kind} file")
     data_files = {split: list(paths) for split, paths in files.items()}
-    return dict(_datasets().load_dataset(kind, data_files=data_files, streaming=streaming, **options))
+    return dict(load_dataset(kind, data_files=data_files, streaming=streaming, **options))
 
 
 def load_named(
@@ -167,17 +167,24 @@ def _all_splits(
         return embedded_documents()
     if path.is_file():
         return load_files({"train": [name]}, streaming, text_unit, default_unit)
-    library = _datasets()
     if saved:
         if streaming:
             raise ValueError(f"{name!r} was written by save_to_disk and cannot be streamed. Leave `streaming` out.")
         _sampling(False, text_unit, default_unit, name)
-        loaded = library.load_from_disk(name)
+        loaded = datasets_library().load_from_disk(name)
     else:
-        is_text = hasattr(library.load_dataset_builder(name, config_name).config, "sample_by")
-        options = _sampling(is_text, text_unit, default_unit, name)
-        loaded = library.load_dataset(name, config_name, streaming=streaming, **options)
+        options = _sampling(_is_plain_text(name, config_name), text_unit, default_unit, name)
+        loaded = load_dataset(name, config_name, streaming=streaming, **options)
     return dict(loaded) if isinstance(loaded, dict) else {"train": loaded}
+
+
+def _is_plain_text(name: str, config_name: str | None) -> bool:
+    """Whether a folder or a Hub dataset consists of .txt files."""
+    try:
+        builder = datasets_library().load_dataset_builder(name, config_name)
+    except ConnectionError:
+        return False  # without a connection the loader may still find a copy on disk, or says what is wrong
+    return hasattr(builder.config, "sample_by")
 
 
 def find_text_column(source: Documents, wanted: str | None = None) -> str:
