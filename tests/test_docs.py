@@ -56,9 +56,17 @@ class Block:
         return first.removeprefix(NOT_RUN).strip() if first.startswith(NOT_RUN) else None
 
     def commands(self) -> list[list[str]]:
-        """The lines of a shell block, cut into words."""
-        lines = self.code.replace("\\\n", " ").splitlines()
-        return [words for words in (shlex.split(line, comments=True) for line in lines) if words]
+        """The commands of a shell block, cut into words; one may go on over several lines."""
+        commands, pending = [], ""
+        for line in self.code.replace("\\\n", " ").splitlines(keepends=True):
+            pending += line
+            try:
+                commands.append(shlex.split(pending, comments=True))
+            except ValueError:  # within quotes
+                continue
+            pending = ""
+        assert not pending, f"not a shell command: {pending}"
+        return [words for words in commands if words]
 
 
 @functools.cache
