@@ -153,7 +153,9 @@ class EBTDecoderLayer(nn.Module):
             Hidden states after the layer, keys and values attended to (context) or owned (candidates), and the
             attention weights where the backend gives them.
         """
-        modulation = None if self.modulation is None else modulation_parts(self.modulation, condition)
+        modulation = None
+        if self.modulation is not None and condition is not None:  # a modulated layer is always given one
+            modulation = modulation_parts(self.modulation, condition)
         normed = self.input_layernorm(hidden)
         if modulation is not None:
             normed = modulate(normed, modulation[0], modulation[1])

@@ -351,7 +351,7 @@ class EBTModel(EBTPreTrainedModel):
         for layer, key, value in zip(self.layers, context.keys, context.values, strict=True):
             hidden = layer(hidden, rotary, context.mask, condition, (key[:, landscape], value[:, landscape]))[0]
         hidden = self.norm(hidden)
-        if self.final_modulation is not None:
+        if self.final_modulation is not None and condition is not None:
             hidden = modulate(hidden, *modulation_parts(self.final_modulation, condition))
         return head_energies(self.energy_head, hidden)
 

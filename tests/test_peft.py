@@ -19,7 +19,7 @@ import ebt_transformers  # noqa: F401  registers the models
 pytest.importorskip("peft")
 sys.path.insert(0, str(Path(__file__).parent))  # tests are imported by path (see pyproject.toml)
 
-from peft import AutoPeftModel, AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model  # noqa: E402
+from peft import AutoPeftModel, AutoPeftModelForCausalLM, LoraConfig, PeftModel, PromptTuningConfig, get_peft_model  # noqa: E402
 from peft_models import adapted, config_of, example, prediction, saved, tiny  # noqa: E402
 
 from ebt_transformers.modeling_ebt.image_processing_ebt import EBTImageProcessor  # noqa: E402
@@ -333,3 +333,14 @@ def test_two_adapters_of_one_model_are_told_apart() -> None:
     second: Tensor = prediction(model)
     model.set_adapter("default")
     assert torch.equal(prediction(model), first) and not torch.equal(first, second)
+
+
+def test_tuned_prompts_learn_and_generate_with_and_without_the_cache() -> None:
+    model = get_peft_model(tiny("text"), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    backward(model)
+    (prompt,) = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    assert prompt.grad.abs().sum() > 0
+    options = {"max_new_tokens": 5, "do_sample": False, "thinking_steps": 2}
+    ids = example(model)["input_ids"]
+    cached, anew = (model.eval().generate(input_ids=ids, use_cache=cache, **options) for cache in (True, False))
+    assert torch.equal(cached, anew)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from .script import Refusal, as_flags, given_options
 
@@ -56,7 +56,7 @@ def register_with_peft(constants: ModuleType | None = None) -> None:
                 table.setdefault(ours, table[alike])
 
 
-def is_adapted(model: "nn.Module") -> bool:
+def is_adapted(model: "nn.Module") -> "TypeGuard[PeftModel]":
     """Whether a model is a `PeftModel`."""
     return hasattr(model, "peft_config") and hasattr(model, "get_base_model")
 
@@ -215,7 +215,7 @@ def _config(model: "PreTrainedModel", arguments: AdapterArguments) -> "PeftConfi
     if arguments.peft == "lora":
         rank = arguments.lora_r or DEFAULT_RANK
         alpha = 2 * rank if arguments.lora_alpha is None else arguments.lora_alpha
-        return LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=arguments.lora_dropout or 0.0, **values)  # type: ignore[arg-type]
+        return LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=arguments.lora_dropout or 0.0, **values)
     known = TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING.get(model.config.model_type, [])
     if targets is not None:  # of these layers IA3 scales what comes in, of the others what comes out
         values["feedforward_modules"] = [name for name in known if targets == "all-linear" or name in targets]
