@@ -10,7 +10,7 @@ import pytest
 import ebt_transformers
 
 
-FOLDERS = ("configuration", "metrics", "modeling_ebt", "pipelines")
+FOLDERS = ("configuration", "metrics", "modeling_ebt", "pipelines", "web")
 PACKAGE = Path(ebt_transformers.__file__).parent
 MODULES = [
     f"ebt_transformers.{folder}.{module.name}"
