@@ -202,6 +202,12 @@ class HubServer:
         """Break the connection once, `after` so many bytes of the next download whose path has this ending."""
         self._cuts[ending] = after
 
+    def put(self, kind: str, name: str, files: dict[str, bytes]) -> None:
+        """A repository with these files, as if somebody had pushed them."""
+        made = self.repositories[kind, name] = Repository(kind, name, private=False)
+        stored = {path: (self._store(content), len(content)) for path, content in files.items()}
+        made.add("main", {path: StoredFile(*oid_and_size, lfs=True) for path, oid_and_size in stored.items()}, "put")
+
     def answer(self, method: str, path: str, request: Request) -> Answer:
         """The answer to any request."""
         with self._lock:

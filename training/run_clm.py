@@ -306,6 +306,7 @@ def _run(argv: list[str]) -> None:
         data_collator=CausalLMCollator(tokenizer.pad_token_id, block_size + 1 if streams_padded else None),
         run_facts=RunFacts(
             data=describe_text(source, data_args, block_size),
+            dataset=None if source == EMBEDDED else data_args.dataset_name,
             command=shlex.join(["ebt", "train", "clm", *argv]),
             base_model=model_args.model_name_or_path,
         ),

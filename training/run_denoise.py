@@ -393,6 +393,7 @@ def _run(argv: list[str]) -> None:
             callbacks=[*([] if data_args.streaming else [EpochCallback(images["train"])]), *averages],
             run_facts=RunFacts(
                 data=_describe(source, size, channels, level, noise_args, max_timestep if model_args.twin else None),
+                dataset=data_args.dataset_name,
                 command=shlex.join(["ebt", "train", "denoise", *argv]),
                 base_model=model_args.model_name_or_path,
                 notes=_notes(model_args, noise_args),

@@ -475,8 +475,10 @@ class EBTTrainer(Trainer):
         if _internal_call and self.args.should_save:
             for callback in self._averages():
                 callback.save(self.accelerator.unwrap_model(self.model), output_dir or self.args.output_dir)
-        if not _internal_call and self.is_world_process_zero():
-            write_model_card(self, self.args.output_dir if output_dir is None else output_dir)
+        folder = self.args.output_dir if output_dir is None else output_dir
+        has_card = self.args.push_to_hub and Path(folder) == Path(self.args.output_dir)  # the parent has pushed it
+        if not _internal_call and not has_card and self.is_world_process_zero():
+            write_model_card(self, folder)
 
     def create_model_card(self, **card_data: Any) -> None:
         """
