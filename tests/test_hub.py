@@ -15,7 +15,8 @@ from huggingface_hub import ModelCard
 TESTS = Path(__file__).parent
 sys.path.insert(0, str(TESTS))
 
-from hub_server import HubServer, Repository  # noqa: E402
+from hub_repositories import Repository  # noqa: E402
+from hub_server import HubServer  # noqa: E402
 
 
 @dataclass
