@@ -2,6 +2,7 @@
 
 import errno
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -355,6 +356,9 @@ def test_clm_goes_on_with_the_adapter_of_its_last_checkpoint(tmp_path, clm, no_c
     clm(tmp_path / "run", *again, "--do_eval")
     with pytest.raises(SystemExit, match="another adapter.*r is 2 there and 3 here"):
         clm(tmp_path / "run", *(word if word != "2" else "3" for word in again))
+    other = shutil.copytree(text_base, tmp_path / "other")
+    with pytest.raises(SystemExit, match="another adapter.*base_model_name_or_path is .*text_base.* there"):
+        clm(tmp_path / "run", *(str(other) if word == str(text_base) else word for word in again))
     with pytest.raises(SystemExit, match="holds an adapter"):
         clm(tmp_path / "run", "--model_name_or_path", str(text_base))
     with pytest.raises(SystemExit, match="is an adapter"):

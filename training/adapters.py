@@ -21,7 +21,15 @@ STEP_SIZE = "step_size"
 MERGED_FOLDER = "merged"
 DEFAULT_RANK = 8
 # what makes the weights of one adapter mean something else in another
-_SAME_ADAPTER = ("peft_type", "r", "lora_alpha", "target_modules", "feedforward_modules", "modules_to_save")
+_SAME_ADAPTER = (
+    "base_model_name_or_path",
+    "peft_type",
+    "r",
+    "lora_alpha",
+    "target_modules",
+    "feedforward_modules",
+    "modules_to_save",
+)
 
 
 def register_with_peft(constants: ModuleType | None = None) -> None:
@@ -255,7 +263,7 @@ def check_same_adapter(checkpoint: str, model: "PeftModel") -> None:
 
     saved, own = PeftConfig.from_pretrained(checkpoint), model.peft_config[model.active_adapter]
     for name in _SAME_ADAPTER:
-        before, now = (_plain(getattr(config, name, None)) for config in (saved, own))
+        before, now = (_comparable(getattr(config, name, None)) for config in (saved, own))
         if before != now:
             raise Refusal(
                 f"{checkpoint} holds another adapter than the options ask for ({name} is {before} there and {now} "
@@ -263,7 +271,10 @@ def check_same_adapter(checkpoint: str, model: "PeftModel") -> None:
             )
 
 
-def _plain(value: Any) -> Any:
+def _comparable(value: Any) -> Any:
+    """Without what makes no difference: the order of names, and how the path of a folder is written."""
+    if isinstance(value, str) and Path(value).is_dir():
+        return str(Path(value).resolve())
     return sorted(value) if isinstance(value, (set, list, tuple)) else value
 
 
