@@ -1,6 +1,7 @@
 """Laws of the Hub: what is pushed comes back, with and without the package, over HTTP from a server of these tests."""
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -151,3 +152,19 @@ def test_the_cache_serves_when_the_hub_is_gone(visited: Published) -> None:
     env = {**visited.hub.environment(visited.folder / "visitor", token=False), "HF_ENDPOINT": address}
     said = run("hub_visit.py", visited.folder / "expected.pt", "models", env=env, cwd=visited.folder)
     assert "loaded without the package" in said
+
+
+# ---- what the documentation says -------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_the_page_on_pushing_runs(repository_root: Path, subprocess_env: dict[str, str], tmp_path: Path) -> None:
+    page = (repository_root / "docs" / "howto" / "push.md").read_text(encoding="utf-8")
+    (tmp_path / "page.py").write_text("\n".join(re.findall(r"^```python\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)))
+    with HubServer(tmp_path / "contents", user="me") as hub:
+        env = {**hub.environment(tmp_path / "home"), "PYTHONPATH": subprocess_env["PYTHONPATH"]}
+        command = [sys.executable, "page.py"]
+        done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-4000:]
+        pushed = {name for _, name in hub.repositories}
+    assert pushed == {f"me/{name}" for name in ("my-ebt", "my-denoiser", "my-writer", "my-run", "secret")}
