@@ -370,8 +370,9 @@ TEMPLATE = "{% for turn in messages %}[{{ turn.role }}]{{ turn.content }}{% endf
 
 def test_conversations_are_written_down_with_the_chat_template(tokenizer, monkeypatch):
     source = datasets.Dataset.from_list([{"messages": CHAT, "id": 1}, {"messages": CHAT[:1], "id": 2}])
-    with pytest.raises(ValueError, match="no chat template.*fine-tune with TRL"):
-        data.tokenize(source, tokenizer)
+    for documents in (source, source.to_iterable_dataset()):
+        with pytest.raises(ValueError, match="no chat template.*fine-tune with TRL"):
+            data.tokenize(documents, tokenizer)
     monkeypatch.setattr(tokenizer, "chat_template", TEMPLATE)
     expected = data.encode(["[user]hi[assistant]ho", "[user]hi"], tokenizer, eos=True, max_length=None)
     for documents in (source, source.to_iterable_dataset()):

@@ -104,10 +104,14 @@ def test_noise_and_crops_follow_from_the_image_not_from_its_batch():
         assert torch.equal(torch.cat([batch[name] for batch in small]), torch.cat([batch[name] for batch in large]))
 
 
-def test_latents_of_a_stream_are_those_of_its_images():
+def tiny_vae() -> torch.nn.Module:
     torch.manual_seed(3)
     blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
-    vae = diffusers.AutoencoderKL(block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, **blocks).eval()
+    return diffusers.AutoencoderKL(block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, **blocks).eval()
+
+
+def test_latents_of_a_stream_are_those_of_its_images():
+    vae = tiny_vae()
     images = stream(batch_size=3)
     for item, latent in zip(images, islice(LatentStream(images, vae), COUNT + 2), strict=False):
         expected = vae.encode(item.pixels[None]).latent_dist.mean[0] * vae.config.scaling_factor
@@ -303,6 +307,14 @@ def test_two_processes_read_the_stream_of_one(sources, tmp_path, subprocess_env)
         found.append(load_file(out / "model.safetensors"))
     for name, value in found[0].items():
         torch.testing.assert_close(found[1][name], value, rtol=1e-4, atol=1e-6)
+
+
+def test_latents_are_streamed_without_workers_or_not_at_all(sources, tmp_path):
+    tiny_vae().save_pretrained(tmp_path / "vae")
+    latents = f"--vae_name_or_path {tmp_path / 'vae'} --image_size 16 --max_steps 1"
+    assert run(sources, tmp_path / "out", latents)
+    with pytest.raises(SystemExit, match="--dataloader_num_workers cannot encode latents.*or they are streamed"):
+        run(sources, tmp_path / "refused", f"{latents} --dataloader_num_workers 1")
 
 
 def test_a_stream_with_splits_is_evaluated_on_their_beginnings(tmp_path, capsys):

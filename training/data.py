@@ -126,7 +126,11 @@ def tokenize(
         return {"input_ids": encode(batch[column], tokenizer, eos, max_length)}
 
     if is_stream(source):
-        known = source.column_names or list(next(iter(source)))
+        first = next(iter(source), None)
+        if first is None:
+            raise ValueError("The stream is empty. Check the file or the split.")
+        encode([first[column]], tokenizer, eos, max_length)  # what is no text is refused now, not while training
+        known = source.column_names or list(first)
         return source.map(encode_batch, batched=True, batch_size=100, remove_columns=known)
     return source.map(
         encode_batch,
