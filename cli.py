@@ -438,6 +438,23 @@ def _benchmark(argv: list[str]) -> int:
     return subprocess.run([sys.executable, str(scripts[argv[0]]), *argv[1:]]).returncode
 
 
+def _lm_eval(argv: list[str]) -> int:
+    try:
+        from lm_eval.__main__ import cli_evaluate
+    except ImportError as error:
+        raise ImportError(
+            "The lm-evaluation-harness is not installed: `pip install ebt-transformers[lm-eval]`."
+        ) from error
+    if argv[:1] in (["-h"], ["--help"]):
+        argv = ["run", *argv]  # what it does if no other command is named
+    before, sys.argv = sys.argv, ["ebt lm_eval", *argv]  # it reads them itself
+    try:
+        cli_evaluate()
+    finally:
+        sys.argv = before
+    return 0
+
+
 def _env(argv: list[str]) -> int:
     if argv:
         asks = argv[0] in ("-h", "--help")
@@ -467,6 +484,7 @@ COMMANDS = {
     "train": Command("train a model (ebt train clm, ebt train denoise)", _train, own_debug=True),
     "convert": Command("turn an official checkpoint into one that from_pretrained() loads", _convert),
     "benchmark": Command("run a benchmark of this repository", _benchmark, own_debug=True),
+    "lm_eval": Command("run the lm-evaluation-harness, which then knows our models", _lm_eval, own_debug=True),
     "env": Command("versions for a bug report", _env),
 }
 

@@ -11,6 +11,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from ebt_transformers import cli
 from ebt_transformers.assets import checkpoint_path
 from ebt_transformers.pipelines import text_losses
 
@@ -298,3 +299,40 @@ def test_missing_data_says_where_to_put_it(harness, tmp_path, monkeypatch):
     finally:
         sys.path.remove(str(harness.TASKS))
         sys.modules.pop("utils", None)
+
+
+# ---- `ebt lm_eval` ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow  # lm_eval reads thousands of tasks first
+def test_ebt_lm_eval_is_lm_evals_own_command_line(folder, tmp_path, capsys):
+    arguments = f"pretrained={checkpoint_path()},thinking_steps={STEPS}"
+    before = list(sys.argv)
+    status = cli.main(
+        ["lm_eval", "--model", "hf", "--model_args", arguments, "--tasks", "tiny_choice", "--device", "cpu"]
+        + ["--include_path", str(folder), "--output_path", str(tmp_path)]
+    )
+    assert status == 0 and sys.argv == before
+    (written,) = tmp_path.rglob("results_*.json")
+    assert json.loads(written.read_text())["config"]["model_args"]["thinking_steps"] == STEPS
+    assert "tiny_choice" in capsys.readouterr().out
+
+
+def test_ebt_lm_eval_without_lm_eval_says_what_to_install(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "lm_eval.__main__", None)
+    assert cli.main(["lm_eval", "--help"]) == cli.USAGE_ERROR
+    assert "pip install ebt-transformers[lm-eval]" in capsys.readouterr().err
+
+
+def test_a_generation_config_comes_before_model_args(run, tmp_path, shipped):
+    """What the documentation warns of."""
+    for part in shipped:
+        part.save_pretrained(tmp_path)
+    settings = GenerationConfig.from_pretrained(tmp_path)
+    settings.max_new_tokens, settings.thinking_steps = None, 8
+    settings.save_pretrained(tmp_path)
+    texts = {
+        steps: [sample["filtered_resps"][0] for sample in run("tiny_writing", pretrained=str(tmp_path), **options)]
+        for steps, options in ((8, {"thinking_steps": 1}), (1, {"gen_kwargs": {"thinking_steps": 1}}))
+    }
+    assert texts[1] != texts[8]
