@@ -7,6 +7,7 @@ shuffled anew.
 """
 
 from collections.abc import Callable, Iterator
+from inspect import signature
 from itertools import count
 from typing import Any, TypeVar
 
@@ -29,7 +30,11 @@ def shuffled(source: Any, seed: int, epoch: int, buffer_size: int) -> Any:
     if not buffer_size:
         return source
     # not `set_epoch`: its number is shared by all dataloader workers, of which some are a pass ahead
-    return source.shuffle(generator=np.random.default_rng([seed, epoch]), buffer_size=buffer_size)
+    options: dict[str, Any] = {"generator": np.random.default_rng([seed, epoch]), "buffer_size": buffer_size}
+    # newer `datasets` read several files at once, and wait for seconds at the end of a pass: not for a single file
+    if "max_buffer_input_shards" in signature(source.shuffle).parameters and source.num_shards == 1:
+        options["max_buffer_input_shards"] = 1
+    return source.shuffle(**options)
 
 
 def endless(one_pass: Callable[[int], Iterator[Row]]) -> Iterator[Row]:
