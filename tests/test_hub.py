@@ -159,6 +159,7 @@ def test_the_cache_serves_when_the_hub_is_gone(visited: Published) -> None:
 
 @pytest.mark.slow
 def test_the_page_on_pushing_runs(repository_root: Path, subprocess_env: dict[str, str], tmp_path: Path) -> None:
+    pytest.importorskip("peft")
     page = (repository_root / "docs" / "howto" / "push.md").read_text(encoding="utf-8")
     (tmp_path / "page.py").write_text("\n".join(re.findall(r"^```python\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)))
     with HubServer(tmp_path / "contents", user="me") as hub:
@@ -167,4 +168,5 @@ def test_the_page_on_pushing_runs(repository_root: Path, subprocess_env: dict[st
         done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr[-4000:]
         pushed = {name for _, name in hub.repositories}
-    assert pushed == {f"me/{name}" for name in ("my-ebt", "my-denoiser", "my-writer", "my-run", "secret")}
+    names = "my-ebt", "my-denoiser", "my-writer", "my-run", "my-adapter", "secret"
+    assert pushed == {f"me/{name}" for name in names}
