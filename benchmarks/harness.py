@@ -14,6 +14,7 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +34,17 @@ HEADER = ("task", "measure", "documents", "chance")
 TWIN = "twin"
 BITS_PER_NAT = 1 / math.log(2)
 
-Value = tuple[
-    float, float
-]  # amount and weight of one document; the result is the sum of the one over that of the other
+# amount and weight of one document; a result is the sum of the amounts over that of the weights
+Value = tuple[float, float]
+
+
+class Tempered(HFLM):
+    """lm_eval's model with its logits divided by a temperature: the same order of tokens, less or more sure of it."""
+
+    temperature = 1.0
+
+    def _model_call(self, *args: Any, **kwargs: Any) -> Any:
+        return super()._model_call(*args, **kwargs) / self.temperature
 
 
 @dataclass(frozen=True)
@@ -131,23 +140,32 @@ def measure_task(model: HFLM, task: str, limit: int | None, tasks: TaskManager) 
     }
 
 
+def load(folder: Path, temperature: float, options: argparse.Namespace, **thinking: int) -> HFLM:
+    """A checkpoint as lm_eval's model."""
+    arguments = {"pretrained": str(folder), "device": options.device, "batch_size": options.batch_size, **thinking}
+    if temperature == 1:
+        return HFLM(**arguments)
+    model = Tempered(**arguments)
+    model.temperature = temperature
+    return model
+
+
 def measure_all(results: Results, options: argparse.Namespace) -> dict[str, dict[str, dict[str, Any]]]:
     """Rows by column and task; measures what the results lack."""
     tasks = TaskManager(include_path=str(TASKS), include_defaults=False, metadata={"data": options.data})
-    columns = {of_steps(count): (options.ebt, {"thinking_steps": count}) for count in options.steps}
+    models = {of_steps(count): (options.ebt, {"thinking_steps": count}) for count in options.steps}
     if options.twin is not None:
-        columns[TWIN] = (options.twin, {})
+        models[TWIN] = (options.twin, {})
     rows: dict[str, dict[str, dict[str, Any]]] = {}
-    for column, (folder, thinking) in columns.items():
+    for (name, (folder, thinking)), temperature in product(models.items(), options.temperatures):
+        column = name if temperature == 1 else f"{name}, T={temperature:g}"
         if not folder.is_dir():
             raise FileNotFoundError(f"There is no checkpoint folder {folder}.")
         checkpoint, model = fingerprint(folder), None
         for task in options.tasks:
             key = {"column": column, "checkpoint": checkpoint, "task": task, "limit": limit_of(task, options.limit)}
             if results.find(**key) is None:
-                model = model or HFLM(
-                    pretrained=str(folder), device=options.device, batch_size=options.batch_size, **thinking
-                )
+                model = model or load(folder, temperature, options, **thinking)
                 results.append({**key, **measure_task(model, task, key["limit"], tasks)})
             rows.setdefault(column, {})[task] = results.find(**key) or {}
     return rows
@@ -171,17 +189,26 @@ def result_rows(rows: dict[str, dict[str, dict[str, Any]]], measures: Sequence[M
     return lines
 
 
+def partners(columns: Sequence[str], reference: str) -> dict[str, str]:
+    """What to subtract from every column: the reference at the same temperature."""
+    found = {}
+    for column in columns:
+        name, comma, temperature = column.partition(", ")
+        if name != reference and f"{reference}{comma}{temperature}" in columns:
+            found[column] = f"{reference}{comma}{temperature}"
+    return found
+
+
 def difference_rows(
-    rows: dict[str, dict[str, dict[str, Any]]], measures: Sequence[Measure], reference: str
+    rows: dict[str, dict[str, dict[str, Any]]], measures: Sequence[Measure], pairs: dict[str, str]
 ) -> list[list[str]]:
-    """The same, less what the reference has on the same documents."""
+    """How much more every column has than its partner on the same documents."""
     lines = []
     for measure in measures:
         values = {column: rows[column][measure.task]["values"][measure.title] for column in rows}
-        against = values.pop(reference)
-        pairs = [difference(found, against) for found in values.values()]
+        found = [difference(values[column], values[partner]) for column, partner in pairs.items()]
         lines.append(
-            [measure.task, measure.title, *(_cell(*(measure.unit * x for x in pair), True) for pair in pairs)]
+            [measure.task, measure.title, *(_cell(*(measure.unit * x for x in pair), True) for pair in found)]
         )
     return lines
 
@@ -195,9 +222,19 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--data", default="data", help="folder with lambada/ and bigbench/")
     parser.add_argument("--tasks", nargs="+", choices=ALL_TASKS, default=list(ALL_TASKS), help="default: all")
     parser.add_argument("--steps", type=int, nargs="+", default=[1, 2, 4, 8], help="thinking steps")
+    parser.add_argument(
+        "--temperatures",
+        type=float,
+        nargs="+",
+        default=[1.0],
+        help="divide the logits by this, each in a column of its own (default: 1)",
+    )
     parser.add_argument("--limit", nargs="+", default=[], help="the first so many documents: N, or TASK=N, or both")
     parser.add_argument("--batch-size", type=int, default=16)
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    if min(options.temperatures) <= 0:
+        parser.error(f"--temperatures must be above 0, got {min(options.temperatures):g}")
+    return options
 
 
 def main(argv: Sequence[str] | None = None) -> str:
@@ -210,10 +247,10 @@ def main(argv: Sequence[str] | None = None) -> str:
     measures = [measure for measure in MEASURES if measure.task in options.tasks]
     more = []
     for reference in (TWIN, of_steps(options.steps[0])):
-        others = [column for column in rows if column != reference]
-        if reference in rows and others:
-            lines = difference_rows(rows, measures, reference)
-            more += [f"## Less {reference}, on the same documents", table(("task", "measure", *others), lines)]
+        pairs = partners(list(rows), reference)
+        if pairs:
+            lines = difference_rows(rows, measures, pairs)
+            more += [f"## Less {reference}, on the same documents", table(("task", "measure", *pairs), lines)]
     return report(
         results,
         "lm-evaluation-harness",

@@ -274,6 +274,25 @@ def test_standard_errors_are_those_of_a_mean_and_of_paired_differences(harness):
     assert harness.weighted_mean(doubled) == pytest.approx((mean, error))
 
 
+def test_temperature_divides_the_logits(harness):
+    options = harness.parse(["--temperatures", "1", "2"])
+    plain, tempered = (harness.load(checkpoint_path(), value, options, thinking_steps=1) for value in (1.0, 2.0))
+    ids = torch.tensor([[0, 5, 9]])
+    torch.testing.assert_close(tempered._model_call(ids) * 2, plain._model_call(ids))
+    with pytest.raises(SystemExit):
+        harness.parse(["--temperatures", "0"])
+
+
+def test_what_is_compared_has_the_same_temperature(harness):
+    columns = ["1 step", "1 step, T=2", "2 steps", "2 steps, T=2", "twin"]
+    assert harness.partners(columns, "twin") == {"1 step": "twin", "2 steps": "twin"}
+    assert harness.partners(columns, "1 step") == {
+        "2 steps": "1 step",
+        "2 steps, T=2": "1 step, T=2",
+        "twin": "1 step",
+    }
+
+
 def test_limits(harness):
     limits = ["100", "ebt_lambada=7"]
     assert harness.limit_of("ebt_lambada", limits) == 7 and harness.limit_of("ebt_shakespeare", limits) == 100
