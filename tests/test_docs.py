@@ -117,7 +117,12 @@ GIVEN: dict[str, Callable[[], dict[str, Any]]] = {
 
 
 # pages about a library that not every environment has
-NEEDED = {"docs/howto/finetune.md": "trl", "docs/howto/lora.md": "peft", "docs/howto/web.md": "gradio"}
+NEEDED = {
+    "docs/howto/evaluate.md": "lm_eval",
+    "docs/howto/finetune.md": "trl",
+    "docs/howto/lora.md": "peft",
+    "docs/howto/web.md": "gradio",
+}
 
 
 @pytest.fixture(scope="session")
