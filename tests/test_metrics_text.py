@@ -11,7 +11,13 @@ from datasets import Dataset
 from sklearn.metrics import roc_auc_score
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-from ebt_transformers import EBTTrainer, EBTTrainingArguments, transformer_pp_config
+from ebt_transformers import (
+    EBTForImageDenoising,
+    EBTImageConfig,
+    EBTTrainer,
+    EBTTrainingArguments,
+    transformer_pp_config,
+)
 from ebt_transformers.assets import checkpoint_path, shakespeare_splits
 from ebt_transformers.metrics import metric_path
 from ebt_transformers.pipelines import text_energies, text_losses
@@ -323,6 +329,24 @@ def test_trainer_reports_the_gap_while_training(make_trainer):
     trainer = make_trainer(compute_metrics=energy_compute_metrics, preprocess_logits_for_metrics=keep_energies)
     trainer.train(ignore_keys_for_eval=WITH_ENERGIES)
     assert any("eval_energy_gap" in entry for entry in trainer.state.log_history)
+
+
+def test_trainer_reports_the_gap_of_images(tmp_path):
+    size = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = EBTForImageDenoising(EBTImageConfig(image_size=8, patch_size=4, step_size=10.0, **size)).eval()
+    rows = [{"pixel_values": torch.randn(3, 8, 8), "labels": torch.rand(3, 8, 8)} for _ in range(3)]
+    trainer = EBTTrainer(
+        model,
+        EBTTrainingArguments(str(tmp_path), per_device_eval_batch_size=2, report_to="none", use_cpu=True),
+        eval_dataset=rows,
+        compute_metrics=energy_compute_metrics,
+        preprocess_logits_for_metrics=keep_energies,
+    )
+    found = trainer.evaluate(ignore_keys=WITH_ENERGIES)
+    with torch.no_grad():
+        energies = model(torch.stack([row["pixel_values"] for row in rows]), output_energies=True).energies
+    assert found["eval_initial_energy"] == pytest.approx(energies[:, 0].mean().item(), rel=1e-4)
+    assert found["eval_final_energy"] == pytest.approx(energies[:, -1].mean().item(), rel=1e-4)
 
 
 def test_without_asking_there_are_no_energies_and_logits_are_as_before(make_trainer):
