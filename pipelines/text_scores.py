@@ -260,7 +260,7 @@ def load_text_model(
     A causal language model and its tokenizer, from what a user may give for them.
 
     Args:
-        model (`str`, `Path` or `PreTrainedModel`): a folder, a Hub id, or the model itself.
+        model (`str`, `Path`, `PreTrainedModel` or `PeftModel`): a folder, a Hub id, or the model itself.
         tokenizer (`str`, `Path` or tokenizer, *optional*): of a model given as itself; else what lies beside it.
         device (`str` or `torch.device`, *optional*): move the model there; by default it stays where it is.
         trust_remote_code (`bool`, *optional*, defaults to `False`): run code that comes with the checkpoint.
@@ -284,12 +284,13 @@ def load_text_model(
     """
     if model is None:
         raise ValueError("There is no `model`: give a folder, a Hub id, or a model with its `tokenizer`.")
-    if isinstance(model, PreTrainedModel) and tokenizer is None:
+    given = isinstance(model, torch.nn.Module)  # a PeftModel is no PreTrainedModel
+    if given and tokenizer is None:
         raise ValueError("A model given as itself needs its `tokenizer`; a folder or a Hub id brings its own.")
     source = model if tokenizer is None else tokenizer
     if not isinstance(source, PreTrainedTokenizerBase):
         source = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
-    if not isinstance(model, PreTrainedModel):
+    if not given:
         model = AutoModelForCausalLM.from_pretrained(model, trust_remote_code=trust_remote_code)
     return (model if device is None else model.to(device)), source
 

@@ -142,6 +142,17 @@ def test_a_model_in_training_stays_in_training_and_a_folder_is_enough(load, ship
     assert own == load("ebt_perplexity").compute(predictions=TEXTS, model=str(checkpoint_path()))
 
 
+def test_a_model_with_an_adapter_is_measured_with_it(load, shipped):
+    peft = pytest.importorskip("peft")
+    plain = AutoModelForCausalLM.from_pretrained(checkpoint_path()).eval()
+    adapted = peft.get_peft_model(plain, peft.LoraConfig(init_lora_weights=False, target_modules=["q_proj", "v_proj"]))
+    perplexity = load("ebt_perplexity", tokenizer=shipped[1], thinking_steps=[1, 2])
+    found, own = (perplexity.compute(predictions=TEXTS, model=model)["mean_loss"] for model in (adapted, shipped[0]))
+    with adapted.disable_adapter():
+        assert perplexity.compute(predictions=TEXTS, model=adapted)["mean_loss"] == pytest.approx(own)
+    assert found[2] != pytest.approx(own[2], rel=1e-3)
+
+
 def test_text_generation_evaluator(load, shipped, monkeypatch):
     """`evaluate.evaluator` generates with the model's own thinking, and gives our metric what was written."""
     model, tokenizer = shipped
