@@ -44,8 +44,8 @@ def thinking(
 def _think_about_text(location: str, measured: ThinkingMeasurement | None) -> str:
     target = "" if measured is None else f"{measured.energies[measured.steps[-1]]:.3g}"
     stop = (
+        "\n# a token stops at an energy, here the mean of validation tokens at rest"
         f"\nmodel.generate(**inputs, thinking_steps=8, thinking_target_energy={target})"
-        "  # a token stops at this energy: the mean of validation tokens at rest"
         if target
         else ""
     )
@@ -74,7 +74,8 @@ denoise = pipeline("image-denoising", model="{location}")
 denoise("noisy.png", thinking_steps=8)
 
 model = AutoModelForImageToImage.from_pretrained("{location}")
-noisy = AutoImageProcessor.from_pretrained("{location}")(Image.open("noisy.png"), return_tensors="pt")["pixel_values"]
+processor = AutoImageProcessor.from_pretrained("{location}")
+noisy = processor(Image.open("noisy.png"), return_tensors="pt")["pixel_values"]
 model(noisy, thinking_steps=8).reconstruction  # more steps for every image
 model(noisy, thinking_candidates=4, thinking_noise_std=0.05)  # four descents with noise, the lowest energy wins
 target = model.suggest_target_energy(noisy)  # better: of a hundred images with the noise of training
