@@ -91,11 +91,13 @@ def _image_processors(auto: Any, ours: Any) -> None:
 
 
 def _pipelines(pipelines: Any, ours: Any) -> None:
-    from transformers import AutoModelForImageToImage
+    import transformers
 
-    pipelines.PIPELINE_REGISTRY.register_pipeline(
-        ours.TASK, pipeline_class=ours.ImageDenoisingPipeline, pt_model=AutoModelForImageToImage, type="image"
-    )
+    for kind in (ours.EnergyScoringPipeline, ours.ImageDenoisingPipeline):
+        auto_class = getattr(transformers, kind.AUTO_MODEL)
+        pipelines.PIPELINE_REGISTRY.register_pipeline(
+            kind.TASK, pipeline_class=kind, pt_model=auto_class, type=kind.INPUT_TYPE
+        )
 
 
 def _adapters(constants: Any, ours: Any) -> None:
@@ -116,7 +118,7 @@ REGISTRATIONS = (
     Registration(
         f"{_AUTO}.image_processing_auto", f"{__package__}.modeling_ebt.image_processing_ebt", _image_processors
     ),
-    Registration("transformers.pipelines", f"{__package__}.pipelines.image_denoising", _pipelines),
+    Registration("transformers.pipelines", f"{__package__}.pipelines", _pipelines),
     Registration("peft.utils.constants", f"{__package__}.training.adapters", _adapters),
     Registration("trl.trainer.utils", _TEXT_MODEL, _class_names),
     Registration("transformers.cli.serving.model_manager", _TEXT_MODEL, _class_names),

@@ -6,14 +6,12 @@ Shapes: ``C`` channels, ``H x W`` pixels (or latents), ``K`` thinking steps.
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
-from transformers import Pipeline
 from transformers.image_utils import is_pil_image
 from transformers.utils import IMAGE_PROCESSOR_NAME
 from transformers.utils.logging import tqdm
@@ -22,14 +20,12 @@ from ..configuration.noise_ebt import noise_scheduler
 from ..configuration.thinking_ebt import FLAT_THINKING_NAMES, ThinkingConfig
 from ..modeling_ebt.image_processing_ebt import IMAGE_COLUMNS, OUTPUT_TYPES, EBTImageProcessor
 from ..modeling_ebt.latents import Autoencoder, decode, encode, load_vae, need_diffusers, vae_scale_factor
-from ..modeling_ebt.pretrained import HUB_TASKS, complete_card
-from .carried_code import carry_code
+from .carried_code import PipelineWithCode
 from .denoising import check_denoiser, check_noise_options, check_vae, denoise, scale_for_noise
 from .image_tiles import Tiling
 
 
 TASK = "image-denoising"
-AUTO_MODEL = "AutoModelForImageToImage"
 LONG_LIST = 10  # longer ones show a progress bar
 FORWARD_OPTIONS = (
     "add_noise_level",
@@ -57,7 +53,7 @@ class _Rows(Dataset):
         return self.rows[index]
 
 
-class ImageDenoisingPipeline(Pipeline):
+class ImageDenoisingPipeline(PipelineWithCode):
     r"""
     Denoises pictures with [`EBTForImageDenoising`]: `pipeline("image-denoising", model=...)` after
     `import ebt_transformers`. (transformers 5 has no image-to-image pipeline any more; this one stands alone.)
@@ -114,6 +110,11 @@ class ImageDenoisingPipeline(Pipeline):
     ```
     """
 
+    TASK = TASK
+    AUTO_MODEL = "AutoModelForImageToImage"
+    INPUT_TYPE = "image"
+    SAVED_BESIDE = ("image_processor",)
+
     _load_processor = False
     _load_image_processor: bool | None = None
     _load_video_processor = False
@@ -127,8 +128,6 @@ class ImageDenoisingPipeline(Pipeline):
         check_denoiser(self.model)
         self.model.eval()
         config = self.model.config
-        # done its work, and now holding classes, which no config can be saved with
-        vars(config).pop("custom_pipelines", None)
         if vae is not None:
             check_vae(vae, config)
             vae = vae.to(self.device).eval()
@@ -208,12 +207,7 @@ class ImageDenoisingPipeline(Pipeline):
         return list(results) if is_list else iter(results)
 
     def _sanitize_parameters(self, **options: Any) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-        flat = {name: options.pop(name) for name in list(options) if name.startswith("thinking_")}
-        thinking = ThinkingConfig.from_call(options.pop("thinking", None), flat)
-        # a call's options win over those of the construction, which is still under way when there are none
-        forward: dict[str, Any] = {}
-        constructed = getattr(self, "_forward_params", {}).get("thinking", ThinkingConfig())
-        forward["thinking"] = thinking.merged_over(constructed)
+        forward: dict[str, Any] = {"thinking": self._take_thinking(options)}
         forward |= {name: options.pop(name) for name in FORWARD_OPTIONS if name in options}
         postprocess = {}
         if "output_type" in options:
@@ -328,58 +322,6 @@ class ImageDenoisingPipeline(Pipeline):
         if "noisy_image" in found:
             record["noisy_image"] = pictures(found["noisy_image"])[0]
         return record
-
-    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
-        """
-        Saves the model, the image processor and the code of both and of the pipeline. `pipeline("image-denoising",
-        model=folder)` loads them after `import ebt_transformers`, and `pipeline(model=folder,
-        trust_remote_code=True)` where the package is not installed. An autoencoder stays where
-        `config.vae_name_or_path` says.
-
-        Args:
-            save_directory (`str` or `PathLike`): a folder, made if need be.
-            push_to_hub (`bool`, *optional*, defaults to `False`): also push to `repo_id`, or the folder's name.
-            kwargs: of `push_to_hub` with it; else of `save_pretrained` of the model and of the processor.
-        """
-        folder = Path(save_directory)
-        saving = {} if push_to_hub else kwargs
-        folder.mkdir(parents=True, exist_ok=True)
-        config = self.model.config
-        config.custom_pipelines = {
-            TASK: {
-                "impl": f"{Path(__file__).stem}.{ImageDenoisingPipeline.__name__}",
-                "pt": [AUTO_MODEL],
-                "type": "image",
-            }
-        }
-        try:
-            self.model.save_pretrained(folder, **saving)
-        finally:
-            del config.custom_pipelines  # a model that is saved alone brings no pipeline
-        self.image_processor.save_pretrained(folder, **saving)
-        # not the base class's, which copies only code that lies side by side
-        carry_code(__name__, folder)
-        if push_to_hub:
-            self.push_to_hub(kwargs.pop("repo_id", folder.name), **kwargs)
-
-    def push_to_hub(self, repo_id: str, *, tags: Sequence[str] = (), **kwargs: Any) -> str:
-        """
-        Uploads what `save_pretrained` saves.
-
-        Args:
-            repo_id (`str`): `"user/name"`.
-            tags (sequence of `str`, *optional*): for the model card, besides the model's own.
-            kwargs: of transformers' `push_to_hub`: `private`, `revision`, `token`, `commit_message`, ...
-
-        Returns:
-            What tells of the commit, with its address.
-        """
-        own = getattr(self.model, "model_tags", None) or []
-        return super().push_to_hub(repo_id, tags=list(dict.fromkeys([*own, *tags])), **kwargs)
-
-    def _upload_modified_files(self, working_dir: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
-        complete_card(Path(working_dir) / "README.md", HUB_TASKS[AUTO_MODEL])
-        return super()._upload_modified_files(working_dir, *args, **kwargs)
 
     def _to_pixels(self, images: Tensor) -> Tensor:
         """What the model works on `(N, C, H, W)` as images."""

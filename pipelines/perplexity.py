@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils.logging import tqdm
 
-from ..configuration import ThinkingConfig
+from ..configuration.thinking_ebt import ThinkingConfig
 from ..modeling_ebt.losses import perplexity
 
 

@@ -1,7 +1,6 @@
 """Losses and energies of whole texts, of any length and in batches, by number of thinking steps."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,8 +10,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..configuration import ThinkingConfig
+from ..configuration.thinking_ebt import ThinkingConfig
 from .perplexity import checked_steps, descends_once
+from .text_windows import EncodedText, batched, encode_texts, evaluating, tensors
 
 
 @dataclass(frozen=True)
@@ -30,84 +30,6 @@ class TextLosses:
     tokens: list[int]
 
 
-@dataclass(frozen=True)
-class _Window:
-    """A piece of a text: its last `scored` tokens are predicted here."""
-
-    text: int
-    ids: list[int]
-    scored: int
-
-
-def _windows(text: int, ids: list[int], length: int) -> Iterator[_Window]:
-    """Every token after the first is predicted once, from as much before it as the window's inputs (`length`) hold."""
-    for begin in range(1, len(ids), length):
-        end = min(begin + length, len(ids))
-        yield _Window(text, ids[max(end - 1 - length, 0) : end], end - begin)
-
-
-def _start_token(tokenizer: PreTrainedTokenizerBase) -> int:
-    for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
-        if token is not None:
-            return token
-    raise ValueError(
-        "The tokenizer has no bos and no eos token that a text could start from: set `add_start_token=False`, and the "
-        "first token of every text is not scored."
-    )
-
-
-def _context(model: PreTrainedModel, max_length: int | None) -> int:
-    """How many tokens a window may give the model."""
-    longest = getattr(model.config, "max_position_embeddings", None)
-    if max_length is None and longest is None:
-        raise ValueError("The model's config names no longest context (`max_position_embeddings`): give `max_length`.")
-    wanted = longest if max_length is None else max_length
-    if not isinstance(wanted, int) or wanted < 1 or (longest is not None and wanted > longest):
-        allowed = "at least 1" if longest is None else f"between 1 and the model's context of {longest}"
-        raise ValueError(f"`max_length` must be an integer {allowed}, got {max_length!r}.")
-    return wanted
-
-
-def _batches(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    texts: Sequence[str],
-    batch_size: int,
-    add_start_token: bool,
-    max_length: int | None,
-) -> list[list[_Window]]:
-    """The windows of all texts; those of similar length together, so that there is little padding."""
-    if batch_size < 1:
-        raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
-    if isinstance(texts, str) or len(texts) == 0:
-        raise ValueError(f"Give a list of at least one text, got {texts!r}.")
-    length = _context(model, max_length)
-    start = [_start_token(tokenizer)] if add_start_token else []
-    windows: list[_Window] = []
-    for number, text in enumerate(texts):
-        ids = start + list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-        if len(ids) < 2:
-            raise ValueError(
-                f"Text {number} has no token to predict{'' if start else ' (the first is not)'}: {text!r}."
-            )
-        windows.extend(_windows(number, ids, length))
-    windows.sort(key=lambda window: -len(window.ids))  # those of one text are all full: they stay in order
-    return [windows[first : first + batch_size] for first in range(0, len(windows), batch_size)]
-
-
-def _tensors(batch: Sequence[_Window], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Inputs, attention mask and the tokens to predict (-100: none), all (B, S)."""
-    shape = (len(batch), max(len(window.ids) for window in batch) - 1)
-    inputs, mask = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
-    targets = torch.full(shape, -100)
-    for row, window in enumerate(batch):
-        last = len(window.ids) - 1
-        inputs[row, :last] = torch.tensor(window.ids[:-1])
-        mask[row, :last] = 1
-        targets[row, last - window.scored : last] = torch.tensor(window.ids[-window.scored :])
-    return inputs.to(device), mask.to(device), targets.to(device)
-
-
 def _token_losses(
     model: PreTrainedModel, batch: tuple[Tensor, Tensor, Tensor], counts: Sequence[int], thinking: ThinkingConfig
 ) -> list[Tensor]:
@@ -122,18 +44,6 @@ def _token_losses(
         by_step = model(**given, thinking_steps=max(counts)).step_losses
         return [by_step[count - 1] for count in counts]
     return [model(**given, thinking_steps=count).loss for count in counts]
-
-
-@contextmanager
-def _evaluating(model: PreTrainedModel) -> Iterator[None]:
-    """No gradients of parameters, and the model in evaluation mode for the while."""
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(training)
 
 
 def text_losses(
@@ -187,12 +97,12 @@ def text_losses(
     ```
     """
     counts, options = checked_steps(model, steps, thinking)
-    batches = _batches(model, tokenizer, texts, batch_size, add_start_token, max_length)
+    batches = batched(model, encode_texts(tokenizer, texts, add_start_token), batch_size, max_length)
     losses: dict[int, list[float]] = {count: [0.0] * len(texts) for count in counts}
     tokens = [0] * len(texts)
-    with _evaluating(model):
+    with evaluating(model):
         for batch in batches:
-            by_step = _token_losses(model, _tensors(batch, model.device), counts, options)
+            by_step = _token_losses(model, tensors(batch, model.device), counts, options)
             for count, of_tokens in zip(counts, by_step, strict=True):
                 for window, loss in zip(batch, of_tokens.double().sum(1).tolist(), strict=True):
                     losses[count][window.text] += loss
@@ -240,17 +150,116 @@ def text_energies(
     """
     if not hasattr(model, "energy"):
         raise TypeError(f"{type(model).__name__} has no energies: give an energy-based model (EBTForCausalLM).")
-    batches = _batches(model, tokenizer, texts, batch_size, add_start_token, max_length)
+    batches = batched(model, encode_texts(tokenizer, texts, add_start_token), batch_size, max_length)
     found: list[list[np.ndarray]] = [[] for _ in texts]
-    with _evaluating(model):
+    with evaluating(model):
         for batch in batches:
-            inputs, mask, targets = _tensors(batch, model.device)
+            inputs, mask, targets = tensors(batch, model.device)
             output = model(
                 input_ids=inputs, attention_mask=mask, use_cache=False, thinking=thinking, output_energies=True
             )
             for window, energies, target in zip(batch, output.energies, targets, strict=True):
                 found[window.text].append(energies[target != -100].float().cpu().numpy())
     return [np.concatenate(parts) for parts in found]
+
+
+@dataclass(frozen=True)
+class TokenScores:
+    """
+    What [`token_scores`] found about the scored tokens of one text; of all three numbers a lower one fits better.
+
+    Args:
+        ids (`list[int]`): the tokens.
+        energies (`np.ndarray` of shape `(tokens,)`): of the tokens themselves, as one-hot candidates.
+        relative_energies (`np.ndarray` of shape `(tokens,)`): those less the energy of what the model predicts in that
+            place. Only differences within a position mean anything.
+        losses (`np.ndarray` of shape `(tokens,)`): minus the log-probability under the prediction, in nats.
+    """
+
+    ids: list[int]
+    energies: np.ndarray
+    relative_energies: np.ndarray
+    losses: np.ndarray
+
+
+def _score_batch(
+    model: PreTrainedModel, batch: tuple[Tensor, Tensor, Tensor], thinking: Any, landscape: int | None
+) -> Tensor:
+    """Energies, relative energies and losses (3, B, S) of the targets; anything where there is none."""
+    inputs, mask, targets = batch
+    tokens = targets.clamp(min=0)
+    places = (targets != -100).any(0).nonzero().squeeze(1)  # thinking costs most: not about what is not asked for
+    logits = model(inputs, attention_mask=mask, use_cache=False, thinking=thinking, logits_to_keep=places).logits
+    probs = logits.new_zeros(*inputs.shape, logits.shape[-1])
+    probs[:, places] = logits.softmax(-1)
+    losses = probs.new_zeros(inputs.shape)
+    losses[:, places] = -logits.log_softmax(-1).gather(-1, tokens[:, places, None]).squeeze(-1)
+    energies, predicted = (
+        model.energy(inputs, attention_mask=mask, landscape=landscape, **candidate)
+        for candidate in ({"candidate_ids": tokens}, {"candidate_probs": probs})
+    )
+    return torch.stack([energies, energies - predicted, losses])
+
+
+def check_scorer(model: PreTrainedModel) -> None:
+    """Raises a `TypeError` for a model that gives tokens no energies."""
+    # by what it has, not by its class: code from the Hub, and adapters, bring classes of their own
+    if not hasattr(model, "energy") or not hasattr(model.config, "vocab_size"):
+        raise TypeError(
+            f"{type(model).__name__} gives tokens no energies: give an energy-based model of text (EBTForCausalLM)."
+        )
+
+
+def token_scores(
+    model: PreTrainedModel,
+    texts: Sequence[EncodedText],
+    batch_size: int = 8,
+    max_length: int | None = None,
+    landscape: int | None = None,
+    thinking: ThinkingConfig | Mapping[str, Any] | None = None,
+) -> list[TokenScores]:
+    """
+    Energies and losses of given tokens.
+
+    Args:
+        model ([`EBTForCausalLM`]): the model.
+        texts (sequence of `EncodedText`): as `encode_texts` and `encode_continuations` make them.
+        batch_size, max_length: as for [`text_losses`].
+        landscape (`int`, *optional*): which landscape gives the energies; the last by default.
+        thinking ([`ThinkingConfig`] or `dict`, *optional*): how to think up the predictions.
+
+    Returns:
+        `list[TokenScores]`: for every text its scored tokens, in order.
+
+    Raises:
+        TypeError: for a model without energies.
+        ValueError: for options out of range.
+
+    Example:
+
+    ```python
+    >>> from transformers import AutoModelForCausalLM, AutoTokenizer
+    >>> from ebt_transformers.assets import checkpoint_path
+    >>> from ebt_transformers.pipelines.text_scores import token_scores
+    >>> from ebt_transformers.pipelines.text_windows import encode_continuations
+
+    >>> model = AutoModelForCausalLM.from_pretrained(checkpoint_path())
+    >>> tokenizer = AutoTokenizer.from_pretrained(checkpoint_path())
+    >>> texts = encode_continuations(tokenizer, "To be, or", [" not to be", " xyz"])
+    >>> [scores.losses.shape for scores in token_scores(model, texts, thinking={"steps": 2})]
+    [(3,), (4,)]
+    ```
+    """
+    check_scorer(model)
+    found: list[list[np.ndarray]] = [[] for _ in texts]
+    with evaluating(model):
+        for batch in batched(model, texts, batch_size, max_length):
+            given = tensors(batch, model.device)
+            scores = _score_batch(model, given, thinking, landscape)
+            for row, window in enumerate(batch):
+                found[window.text].append(scores[:, row, given[2][row] != -100].float().cpu().numpy())
+    joined = [np.concatenate(parts, axis=1) for parts in found]
+    return [TokenScores(text.ids[text.first :], *rows) for text, rows in zip(texts, joined, strict=True)]
 
 
 def load_text_model(
@@ -295,4 +304,12 @@ def load_text_model(
     return (model if device is None else model.to(device)), source
 
 
-__all__ = ["TextLosses", "load_text_model", "text_energies", "text_losses"]
+__all__ = [
+    "TextLosses",
+    "TokenScores",
+    "check_scorer",
+    "load_text_model",
+    "text_energies",
+    "text_losses",
+    "token_scores",
+]
