@@ -1,5 +1,6 @@
 """The paper's model sizes (arXiv 2507.02092, Table D.1 and p. 34; 4xs and 3xs from the official code) and recipes."""
 
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,7 +36,7 @@ PRESETS: dict[str, Preset] = {
 }
 
 # s1 learns fast and stably: one landscape per step, every step scored. s2 is trained to think: one landscape walked
-# many times, only the last step scored, a fixed step size (paper C.2, D.5 and appendix I).
+# many times with noise, a random number of steps of random sizes, only the last scored (paper C.2, D.5, appendix I).
 RECIPES: dict[str, dict[str, Any]] = {
     "s1": {
         "step_conditioning": "time_embed",
@@ -52,6 +53,9 @@ RECIPES: dict[str, dict[str, Any]] = {
         "learn_step_size": False,
         "detach_between_steps": False,
         "loss_on_steps": "last",
+        "random_step_size": 2.0,
+        "random_steps": [2, 3],
+        "thinking_noise_std": 3.0,
         "thinking_steps": 3,
     },
 }
@@ -96,7 +100,7 @@ def preset_fields(name: str) -> dict[str, int]:
 def _recipe(recipes: dict[str, dict[str, Any]], name: str) -> dict[str, Any]:
     if name not in recipes:
         raise ValueError(f"Unknown recipe {name!r}. Allowed: {', '.join(recipes)}.")
-    return dict(recipes[name])
+    return deepcopy(recipes[name])
 
 
 def recipe_fields(name: str) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from .candidates import TextCandidates
 from .checks import check_energies, check_labels, check_token_ids, outside_inference_mode
 from .configuration_ebt import EBTConfig
-from .descent import DescentOutput, DescentStep, descend, standard_normal
+from .descent import DescentOutput, DescentStep, descend
 from .generation import EBTGenerationMixin
 from .layers_common import EBTStepSize
 from .losses import TextStepLosses
@@ -33,6 +33,7 @@ from .thinking import (
     random_offsets,
     random_step_sizes,
     resolve_thinking,
+    training_start,
 )
 from .thinking_ebt import ThinkingConfig
 from .token_scores import EBTTokenScoresMixin
@@ -287,9 +288,7 @@ class EBTForCausalLM(EBTTokenScoresMixin, EBTGenerationMixin, EBTPreTrainedModel
             return given_start(given, shape, "rows, candidates, positions, vocabulary", self.training).to(device)
         std = float(self.config.candidate_init_std)
         if self.training:
-            if thinking.init == "mean":
-                return torch.zeros(shape, device=device)
-            return std * standard_normal(shape, None, device, torch.float32)
+            return training_start(thinking.init != "mean", std, shape, device)
         starts = random_offsets(thinking, (shape[1], vocab), std, device)
         return starts[None, :, None].expand(shape)
 

@@ -122,6 +122,19 @@ def random_step_sizes(config: EBTBaseConfig, step_size: Tensor, shape: tuple[int
     return step_size * (1 / spread + torch.rand(shape, device=step_size.device) * (spread - 1 / spread))
 
 
+def training_start(random: bool, std: float, shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """
+    Where the descent starts in training, in float32; every row and position starts at a place of its own.
+
+    Args:
+        random (`bool`): Gaussian starts from torch's global generator; zeros otherwise.
+        std (`float`): their standard deviation (`candidate_init_std`).
+        shape (`tuple[int, ...]`): of the start.
+        device (`torch.device`): where to.
+    """
+    return std * standard_normal(shape, None, device, torch.float32) if random else torch.zeros(shape, device=device)
+
+
 def given_start(given: Tensor, shape: tuple[int, ...], axes: str, training: bool) -> Tensor:
     """
     An `initial_candidate` with its dimension of candidates, in float32.
@@ -232,4 +245,5 @@ __all__ = [
     "random_offsets",
     "random_step_sizes",
     "resolve_thinking",
+    "training_start",
 ]

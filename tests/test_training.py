@@ -443,8 +443,7 @@ def test_defaults_are_the_papers(tmp_path):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"recipe": "s2"}, "not available in this version"),
-        ({"recipe": "s3"}, "one of s1, got 's3'"),
+        ({"recipe": "s3"}, "one of s1, s2, got 's3'"),
         ({"step_size_lr_multiplier": 0.0}, "above 0, got 0.0"),
         ({"early_stopping_patience": 2}, "eval_strategy"),
         ({"early_stopping_patience": 0, "eval_strategy": "epoch"}, "at least 1"),
@@ -627,7 +626,12 @@ def test_an_output_folder_with_other_content_is_not_touched(command, tmp_path):
         ("--twin --num_landscapes 3", "--num_landscapes means nothing to the twin"),
         ("--model_name_or_path x --preset xs", "--preset.*would change the architecture"),
         ("--preset gigantic", "Allowed: 4xs, 3xs"),
-        ("--recipe s2", "not available in this version"),
+        ("--recipe s3", "one of s1, s2, got 's3'"),
+        ("--twin --recipe s2", "--recipe means nothing to the twin"),
+        ("--twin --random_steps 2 3", "--random_steps means nothing to the twin"),
+        ("--random_steps 2", "fewest and the most steps"),
+        ("--replay_buffer_size 8 --twin", "--replay_buffer_size means nothing to the twin"),
+        ("--replay_buffer_share 0.5 --replay_buffer_memory 3", "replay_buffer_memory=3.0.*no effect without"),
         ("--step_conditioning sometimes", "must be one of none, time_embed"),
         ("--resume_from_checkpoint nowhere", "no complete checkpoint"),
         ("--resume_from_checkpoint auto --overwrite", "contradict"),

@@ -3,14 +3,27 @@
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+import torch
 from transformers import TrainingArguments
 
 
-AVAILABLE_RECIPES = ("s1",)
-IMAGE_RECIPES = ("s1", "s2")
+AVAILABLE_RECIPES = ("s1", "s2")
+REPLAY_BUFFER_SIZE = 192  # the paper's in recipe s2: what fits on a GPU of 40 GB
+REPLAY_BUFFER_SHARE = 0.5
+REPLAY_BUFFER_MEMORY = 10.0  # GiB; the paper's buffer takes 9.2
 DEFAULT_LEARNING_RATE = 1.2e-3  # the paper's smallest published size, xxs
 IMAGE_LEARNING_RATE = 1e-4  # the paper's for images, whatever the size
 MINIMUM_LEARNING_RATE_SHARE = 0.1  # cosine down to a tenth
+
+
+def _check_device(name: str) -> None:
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(
+            f"`replay_buffer_device={name!r}` cannot be used here: {str(error).splitlines()[0]} Give a device of "
+            "torch, such as cpu or cuda:0."
+        ) from error
 
 
 @dataclass
@@ -33,8 +46,21 @@ class EBTTrainingArguments(TrainingArguments):
 
     Args:
         recipe (`str`, *optional*, defaults to `"s1"`):
-            How thinking is trained. `"s1"` scores the prediction after every step. `"s2"` is not available in this
-            version and raises.
+            How thinking is trained. `"s1"` scores the prediction after every step. `"s2"` scores the last one, and
+            starts some rows where an earlier descent of theirs ended; noise, random step sizes and random numbers of
+            steps belong to the model's config (`EBTConfig.from_preset(..., recipe="s2")`).
+        replay_buffer_size (`int`, *optional*):
+            Rows that each process keeps with the logits their descent ended at, to start from there again; 0 keeps
+            none. `None` is the paper's: 192 in recipe s2 of text, 0 otherwise. Text only.
+        replay_buffer_share (`float`, *optional*, defaults to 0.5):
+            Rows replayed for each new row of an update, above 0 and at most 1: they come on top, so 0.5 makes a batch
+            half as large again.
+        replay_buffer_memory (`float`, *optional*, defaults to 10.0):
+            GiB the buffer may take in each process. A row is `T` positions of `V` logits in float32: 192 rows of 256
+            tokens over a vocabulary of 50,277 take 9.2 GiB, in every checkpoint too. A run that would need more is
+            refused at its first batch, with the size that fits.
+        replay_buffer_device (`str`, *optional*):
+            Where the buffer is kept, such as `"cpu"`. `None`: where the model is trained.
         step_size_lr_multiplier (`float`, *optional*, above 0):
             Learning rate of a learned step size, as a multiple of `learning_rate`; without weight decay. `None` is the
             paper's rule, 3 times the step size in the model's config. Raises in the trainer if nothing there learns a
@@ -60,8 +86,8 @@ class EBTTrainingArguments(TrainingArguments):
     ```
     """
 
-    recipes: ClassVar[tuple[str, ...]] = AVAILABLE_RECIPES
     default_learning_rate: ClassVar[float] = DEFAULT_LEARNING_RATE
+    can_replay: ClassVar[bool] = True
 
     # redeclared parent options: other defaults, same meaning
     learning_rate: float | None = field(
@@ -84,7 +110,26 @@ class EBTTrainingArguments(TrainingArguments):
     seed: int = field(default=33, metadata={"help": "Random seed set at the beginning of training."})
 
     recipe: str = field(
-        default="s1", metadata={"help": "How thinking is trained: s1 scores every step. (s2: not in this version.)"}
+        default="s1",
+        metadata={
+            "help": "How thinking is trained: s1 scores every step, s2 the last, from noisy and replayed starts."
+        },
+    )
+    replay_buffer_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Rows kept to start from where they ended. Default: 192 in recipe s2 of text, else 0 (none)."
+        },
+    )
+    replay_buffer_share: float = field(
+        default=REPLAY_BUFFER_SHARE, metadata={"help": "Replayed rows for each new row, on top of the batch."}
+    )
+    replay_buffer_memory: float = field(
+        default=REPLAY_BUFFER_MEMORY,
+        metadata={"help": "GiB the replay buffer may take in each process; a run that needs more is refused."},
+    )
+    replay_buffer_device: str | None = field(
+        default=None, metadata={"help": "Where the replay buffer is kept, e.g. cpu. Default: where the model is."}
     )
     step_size_lr_multiplier: float | None = field(
         default=None,
@@ -106,6 +151,7 @@ class EBTTrainingArguments(TrainingArguments):
         if self.learning_rate is None:
             self.learning_rate = self.default_learning_rate
         self._check_recipe()
+        self._prepare_replay()
         if self.step_size_lr_multiplier is not None and not self.step_size_lr_multiplier > 0:
             raise ValueError(
                 f"`step_size_lr_multiplier` must be above 0, got {self.step_size_lr_multiplier}. To keep the step "
@@ -121,13 +167,35 @@ class EBTTrainingArguments(TrainingArguments):
             self.lr_scheduler_kwargs = options
 
     def _check_recipe(self) -> None:
-        if self.recipe == "s2" and "s2" not in self.recipes:
+        if self.recipe not in AVAILABLE_RECIPES:
+            raise ValueError(f"`recipe` must be one of {', '.join(AVAILABLE_RECIPES)}, got {self.recipe!r}.")
+
+    def _prepare_replay(self) -> None:
+        if self.replay_buffer_size is None:
+            self.replay_buffer_size = REPLAY_BUFFER_SIZE if self.recipe == "s2" and self.can_replay else 0
+        if self.replay_buffer_size < 0:
+            raise ValueError(f"`replay_buffer_size` must be at least 0 (none), got {self.replay_buffer_size}.")
+        if self.replay_buffer_size == 0:
+            self._refuse_unused_replay_options()
+        elif not self.can_replay:
             raise ValueError(
-                "`recipe='s2'` (training for long thinking: replay buffer, noise, random steps) is not available "
-                "in this version. Allowed: s1."
+                f"`replay_buffer_size={self.replay_buffer_size}` is for text: the descent of an image starts at the "
+                "noisy image. Leave it out."
             )
-        if self.recipe not in self.recipes:
-            raise ValueError(f"`recipe` must be one of {', '.join(self.recipes)}, got {self.recipe!r}.")
+        if not 0 < self.replay_buffer_share <= 1:
+            raise ValueError(f"`replay_buffer_share` must be above 0 and at most 1, got {self.replay_buffer_share}.")
+        if not self.replay_buffer_memory > 0:
+            raise ValueError(f"`replay_buffer_memory` must be above 0 GiB, got {self.replay_buffer_memory}.")
+        if self.replay_buffer_device is not None:
+            _check_device(self.replay_buffer_device)
+
+    def _refuse_unused_replay_options(self) -> None:
+        for name in ("replay_buffer_share", "replay_buffer_memory", "replay_buffer_device"):
+            if getattr(self, name) != EBTTrainingArguments.__dataclass_fields__[name].default:
+                raise ValueError(
+                    f"`{name}={getattr(self, name)}` has no effect without a replay buffer. Set `replay_buffer_size`, "
+                    "or leave it out."
+                )
 
     def _prepare_early_stopping(self) -> None:
         if self.early_stopping_patience is None:
@@ -163,8 +231,8 @@ class EBTTrainingArguments(TrainingArguments):
 @dataclass
 class EBTImageTrainingArguments(EBTTrainingArguments):
     r"""
-    [`EBTTrainingArguments`] for images: the learning rate is 1e-4 whatever the size (paper D.3), and recipe s2 can be
-    trained (random step sizes and numbers of steps are options of the model's config).
+    [`EBTTrainingArguments`] for images: the learning rate is 1e-4 whatever the size (paper D.3), and recipe s2 has no
+    replay buffer (nor has the official code for images).
 
     Args:
         learning_rate (`float`, *optional*): base learning rate; 1e-4 by default.
@@ -184,8 +252,8 @@ class EBTImageTrainingArguments(EBTTrainingArguments):
     ```
     """
 
-    recipes: ClassVar[tuple[str, ...]] = IMAGE_RECIPES
     default_learning_rate: ClassVar[float] = IMAGE_LEARNING_RATE
+    can_replay: ClassVar[bool] = False
 
     learning_rate: float | None = field(
         default=None, metadata={"help": "Base learning rate. Default: 1e-4, the paper's for images."}

@@ -59,6 +59,10 @@ EBT_ONLY = (
     "candidate_anchor",
     "candidate_init",
     "update",
+    "random_step_size",
+    "random_steps",
+    "thinking_noise_std",
+    "thinking_steps",
 )
 
 
@@ -110,6 +114,21 @@ class ModelArguments:
     )
     update: str | None = field(
         default=None, metadata={"help": "replace (as the official code) or residual (keeps what earlier steps found)."}
+    )
+    random_step_size: float | None = field(
+        default=None,
+        metadata={"help": "Draw every position's step size between alpha / this and alpha x this (recipe s2: 2)."},
+    )
+    random_steps: list[int] | None = field(
+        default=None, metadata={"help": "FEWEST MOST: draw the thinking steps of every batch (recipe s2: 2 3)."}
+    )
+    thinking_noise_std: float | None = field(
+        default=None,
+        metadata={"help": "Noise on the logits before every step, in training and by default (recipe s2: 3)."},
+    )
+    thinking_steps: int | None = field(
+        default=None,
+        metadata={"help": "Thinking steps by default, in training too unless drawn. Default: num_landscapes (s2: 3)."},
     )
     trust_remote_code: bool = field(
         default=False, metadata={"help": "Run the code that comes with --model_name_or_path or --tokenizer_name."}

@@ -81,7 +81,7 @@ def parse_command_line(
         parser.epilog = (
             "Every option of transformers.TrainingArguments works too (--output_dir, --max_steps, --learning_rate, "
             "--per_device_train_batch_size, --resume_from_checkpoint auto, --bf16, ...), with --recipe, "
-            "--step_size_lr_multiplier and --early_stopping_patience. --help_all lists them all."
+            "--replay_buffer_size, --step_size_lr_multiplier and --early_stopping_patience. --help_all lists them all."
         )
         parser.parse_args(["--help"])
     parser = HfArgumentParser((*own, training_class()), prog=f"ebt train {kind}", **look)
@@ -149,6 +149,8 @@ def check_architecture_options(
             unused.append("step_size_lr_multiplier")
         if training.recipe != "s1":
             unused.append("recipe")
+        elif training.replay_buffer_size:
+            unused.append("replay_buffer_size")
         if unused:
             raise Refusal(
                 f"{as_flags(unused)} means nothing to the twin, which does not think. Leave out one or the other."

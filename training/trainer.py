@@ -19,6 +19,7 @@ from .adapters import check_adapters
 from .ema import EMACallback
 from .model_card import RunFacts, is_image_model, write_model_card
 from .quality import image_psnr
+from .replay_trainer import ReplayTrainer, check_replay
 
 
 # the parameter of the step size; beside an adapter its trained copy, not the original kept for when it is switched off
@@ -85,13 +86,15 @@ class _RunningMeans:
         return {name: total / weight for name, total in zip(names, totals, strict=True)} if weight > 0 else {}
 
 
-class EBTTrainer(Trainer):
+class EBTTrainer(ReplayTrainer):
     r"""
     `transformers.Trainer` for Energy-Based Transformers. It takes the same arguments, trains any other model as the
     parent does, and adds:
 
     - **the step size** as a parameter group of its own: learning rate `step_size_lr_multiplier` times the base rate,
       no weight decay. Norms, biases and other vectors are not decayed, all matrices (embeddings too) are.
+    - **the replay buffer** of recipe s2 (`replay_buffer_size`), one in each process, saved with the checkpoints. The
+      rows it adds to a batch count in the loss and in the logs.
     - **metrics** in every training log, averaged over all tokens (or images) since the last one, over accumulation and
       processes: `initial_loss` and `final_loss` (after the first and the last thinking step), `energy_gap` (mean
       energy before the first step minus before the last; positive when thinking lowers the energy) and `step_size`.
@@ -112,9 +115,9 @@ class EBTTrainer(Trainer):
         run_facts ([`RunFacts`], *optional*): what the model card should say that the trainer cannot know.
 
     Raises:
-        ValueError: if the model's config contradicts the recipe, `label_smoothing_factor` is used with an energy-based
-            model, `step_size_lr_multiplier` is given and the model learns no step size, or an adapter changes one of
-            the two uses of a table that tokens and candidates share.
+        ValueError: if the model cannot follow the recipe or its config contradicts it, `label_smoothing_factor` is
+            used with an energy-based model, `step_size_lr_multiplier` is given and the model learns no step size, or
+            an adapter changes one of the two uses of a table that tokens and candidates share.
 
     Example:
 
@@ -140,16 +143,8 @@ class EBTTrainer(Trainer):
     # ---- what is trained -------------------------------------------------------------------------------------
 
     def _check_model(self) -> None:
-        config = getattr(self.model, "config", None)
-        objective = getattr(config, "loss_on_steps", None)
-        recipe = getattr(self.args, "recipe", "s1")
-        wanted = OBJECTIVES.get(recipe, objective)
-        if objective is not None and objective != wanted:
-            scored = "every thinking step" if wanted == "all" else "the last thinking step"
-            raise ValueError(
-                f"Recipe {recipe} scores {scored}, but the model's config has `loss_on_steps={objective!r}`. Set it "
-                f"to {wanted!r}."
-            )
+        objective = getattr(getattr(self.model, "config", None), "loss_on_steps", None)
+        self._check_recipe(objective)
         if objective is not None and self.args.label_smoothing_factor != 0:
             raise ValueError(
                 f"`label_smoothing_factor={self.args.label_smoothing_factor}` would replace the loss over all "
@@ -163,6 +158,20 @@ class EBTTrainer(Trainer):
                 "`modules_to_save=['step_size']`)."
             )
         check_adapters(self.model)
+        check_replay(self.model, self.args)
+
+    def _check_recipe(self, objective: str | None) -> None:
+        recipe = getattr(self.args, "recipe", "s1")
+        if objective is None and recipe != "s1":
+            kind = type(self.model).__name__
+            raise ValueError(f"`recipe={recipe!r}` means nothing to {kind}, which does not think. Leave it out.")
+        wanted = OBJECTIVES.get(recipe, objective)
+        if objective is not None and objective != wanted:
+            scored = "every thinking step" if wanted == "all" else "the last thinking step"
+            raise ValueError(
+                f"Recipe {recipe} scores {scored}, but the model's config has `loss_on_steps={objective!r}`. Set it "
+                f"to {wanted!r}."
+            )
 
     @staticmethod
     def _step_size_parameters(model: nn.Module) -> list[nn.Parameter]:
