@@ -26,6 +26,7 @@ USAGE_ERROR = 2
 INTERRUPTED = 130
 THINKING = "thinking_"
 DEFAULT_NEW_TOKENS = 100
+LONGEST_SHOWN = 60  # characters of a text in a table
 # options of the demonstrations, by what chooses one; without --image and --web it is that of text
 DEMO_OPTIONS = {
     "": {"model", "steps", "seed", "output_dir", "prompt", "max_new_tokens", "temperature", "top_k", "blocks"},
@@ -280,6 +281,111 @@ def _print_energies(tokens: list[dict[str, Any]]) -> None:
 
 
 @dataclass
+class ScoreArguments(ThinkingArguments):
+    """Scores texts by energy and likelihood, or ranks them as continuations of a prompt; lower fits better."""
+
+    thinking_steps: int | None = field(
+        default=None,
+        metadata={
+            "aliases": ["--steps"],
+            "help": "Thinking steps for each. Default of this and the next: the checkpoint's.",
+        },
+    )
+    model: str | None = field(
+        default=None, metadata={"help": "Checkpoint: a folder or a Hub id. Default: the embedded one."}
+    )
+    file: list[str] | None = field(
+        default=None, metadata={"help": "Score what these files hold, instead of TEXT; - reads standard input."}
+    )
+    lines: bool = field(default=False, metadata={"help": "With --file: every line that is not blank is a text."})
+    prompt: str | None = field(default=None, metadata={"help": "The texts continue this, and are ranked."})
+    score_by: str = field(
+        default="relative_energy", metadata={"help": "What is the score: relative_energy, energy or likelihood."}
+    )
+    reduction: str = field(default="mean", metadata={"help": "Of a text: the mean or the sum over its tokens."})
+    landscape: int | None = field(default=None, metadata={"help": "Which gives the energies. Default: the last."})
+    max_length: int | None = field(default=None, metadata={"help": "Tokens of context. Default: the model's."})
+    batch_size: int = field(default=8, metadata={"help": "Texts, or windows of them, that are scored at once."})
+    output_tokens: bool = field(default=False, metadata={"help": "Report every token."})
+    json: bool = field(default=False, metadata={"help": "Print JSON: an object for each text, or for the prompt."})
+    device: str | None = field(default=None, metadata={"help": "cpu, cuda, ... Default: cuda where there is one."})
+
+
+def _texts_to_score(arguments: ScoreArguments, given: Sequence[str]) -> list[str]:
+    if arguments.file is None:
+        if arguments.lines:
+            raise ValueError("--lines has an effect with --file only.")
+        return list(given)
+    contents = [sys.stdin.read() if name == "-" else _read(Path(name)) for name in arguments.file]
+    if not arguments.lines:
+        return contents
+    texts = [line for content in contents for line in content.splitlines() if line.strip()]
+    if not texts:
+        raise ValueError(f"There is no line with text in {', '.join(arguments.file)}.")
+    return texts
+
+
+def _read(path: Path) -> str:
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no file {path}.")
+    return path.read_text(encoding="utf-8")
+
+
+def _score(argv: list[str]) -> int:
+    from_files = any(word.partition("=")[0] == "--file" for word in argv)
+    positional = {} if from_files else {"text...": "The texts to score."}
+    arguments, given = _parse("score", ScoreArguments, argv, positional)
+    texts = _texts_to_score(arguments, [] if from_files else given.text)
+    import torch
+
+    from .demo import load_checkpoint
+    from .pipelines import EnergyScoringPipeline
+
+    model, tokenizer = load_checkpoint(arguments.model)
+    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    scorer = EnergyScoringPipeline(model=model, tokenizer=tokenizer, device=device)
+    options = _thinking_options(arguments, model)
+    for name in ("score_by", "reduction", "landscape", "max_length", "batch_size", "output_tokens"):
+        options[name] = getattr(arguments, name)
+    if arguments.prompt is None:
+        records = scorer(texts, **options)
+    else:
+        found = scorer({"prompt": arguments.prompt, "continuations": texts}, **options)
+        records = [found["continuations"][number] for number in found["ranking"][arguments.score_by]]
+    if arguments.json:
+        for record in records if arguments.prompt is None else [found]:
+            print(json.dumps(record))
+        return 0
+    _print_scores(records, f"{arguments.reduction} of {arguments.score_by} over tokens")
+    return 0
+
+
+def _print_scores(records: list[dict[str, Any]], score: str) -> None:
+    from .reporting import table
+
+    names = ("relative_energy", "energy", "nll")
+    columns = ["relative energy", "energy", "nats"]
+    rows = [
+        [_shortened(record["text"]), str(record["num_tokens"])]
+        + [f"{record[name]:.4f}" for name in ("score", *(f"mean_{name}" for name in names))]
+        for record in records
+    ]
+    print(f"Score: {score}; the others are means. Lower fits better.\n")
+    print(table(["text", "tokens", "score", *columns], rows))
+    for record in records:
+        if "tokens" in record:
+            rows = [
+                [json.dumps(token["text"]), *(f"{token[name]:.4f}" for name in names)] for token in record["tokens"]
+            ]
+            print("\n" + table(["token", *columns], rows))
+
+
+def _shortened(text: str) -> str:
+    """A text as one line of a table."""
+    return json.dumps(text if len(text) <= LONGEST_SHOWN else text[: LONGEST_SHOWN - 3] + "...")
+
+
+@dataclass
 class DenoiseArguments(ThinkingArguments):
     """Denoises pictures, thinking about each, and writes them as PNG files."""
 
@@ -480,6 +586,7 @@ class Command:
 COMMANDS = {
     "demo": Command("what thinking does, on the embedded model", _demo),
     "generate": Command("continue a text", _generate),
+    "score": Command("score texts by energy and likelihood, or rank continuations", _score),
     "denoise": Command("denoise pictures", _denoise),
     "train": Command("train a model (ebt train clm, ebt train denoise)", _train, own_debug=True),
     "convert": Command("turn an official checkpoint into one that from_pretrained() loads", _convert),
