@@ -3,12 +3,14 @@
 import argparse
 import importlib
 import json
+import random
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 
 FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
@@ -395,3 +397,73 @@ def test_importing_the_package_costs_at_most_a_fifth_of_transformers_and_torch(s
     assert ratios["import torch, transformers"] == 1
     assert ratios["import torch, transformers, ebt_transformers"] < 1.2
     assert ratios["import ebt_transformers"] < 0.2
+
+
+@pytest.fixture
+def scoring_argv(make_model, tmp_path):
+    """Options of the benchmark of scores for a tiny model, with data of a few lines."""
+    from ebt_transformers.assets import checkpoint_path
+
+    make_model(vocab_size=1024).save_pretrained(tmp_path / "tiny")
+    AutoTokenizer.from_pretrained(checkpoint_path()).save_pretrained(tmp_path / "tiny")
+    lines = [f"This is line {number} of a text that has many." for number in range(40)]
+    for name, text in (
+        ("text/wikitext2_valid_test/test.txt", "\n".join(lines)),
+        ("qa/gsm8k/test.jsonl", "\n".join(json.dumps({"question": line, "answer": "7"}) for line in lines)),
+    ):
+        (tmp_path / "data" / name).parent.mkdir(parents=True)
+        (tmp_path / "data" / name).write_text(text)
+    argv = ["--pieces", "3", "--tokens", "4", "6", "--continuation", "4", "--vocabulary", "3", "--threads", "1"]
+    argv += ["--ebt", str(tmp_path / "tiny"), "--twin", str(tmp_path / "tiny"), "--data", str(tmp_path / "data")]
+    return [*argv, "--results", str(tmp_path / "scoring.jsonl")]
+
+
+def test_scoring_runs_and_resumes(script, scoring_argv, tmp_path, monkeypatch):
+    scoring = script("scoring")
+    text = scoring.main([*scoring_argv, "--seeds", "0"])
+    rows = rows_of(tmp_path / "scoring.jsonl")
+    assert [(row["question"], row["tokens"]) for row in rows] == [("auroc", 4), ("auroc", 6), ("accuracy", 4)]
+    sets = ["shuffled words", "shuffled characters", "Python", "WikiText", "GSM8K"]
+    assert [row["set"] for row in rows[0]["rows"]] == sets
+    assert all(0 <= value <= 1 for row in rows[0]["rows"] for value in row["auroc"].values())
+    assert all(name in text for name in (*sets, "E(token) - E(prediction)", "twin: nats", "The true continuation"))
+    assert (tmp_path / "scoring.png").stat().st_size > 1000
+    monkeypatch.setitem(scoring.QUESTIONS, "auroc", lambda *args: pytest.fail("measured again"))
+    assert scoring.main([*scoring_argv, "--seeds", "0"]) == text
+
+
+def test_scores_of_the_benchmark_are_those_of_the_pipeline(script, scoring_argv):
+    from ebt_transformers.pipelines import EnergyScoringPipeline
+
+    scoring = script("scoring")
+    judge = scoring.Judge(scoring.parse(scoring_argv))
+    texts = ["To be, or not to be", "What light, what light!"]
+    ids = judge.tokenizer(texts)["input_ids"]
+    rows = torch.tensor([[judge.tokenizer.bos_token_id, *row[:6]] for row in ids])
+    scores = judge(rows, seed=0)
+    pipe = EnergyScoringPipeline(model=judge.model, tokenizer=judge.tokenizer, device="cpu")
+    records = pipe([judge.tokenizer.decode(row[1:]) for row in rows], thinking_steps=2)
+    for name, ours in (
+        ("E(token)", "mean_energy"),
+        ("E(token) - E(prediction)", "mean_relative_energy"),
+        ("nats, 2 steps", "mean_nll"),
+    ):
+        assert [record[ours] for record in records] == pytest.approx(scores[name].tolist(), rel=1e-3, abs=1e-5)
+    likeliest = scores["E(token) - E(likeliest token)"]
+    with torch.no_grad():
+        predicted = judge.model(rows[:, :-1], thinking_steps=2).logits.argmax(-1)
+        energy = judge.model.energy(rows[:, :-1], candidate_ids=predicted).mean(1)
+    torch.testing.assert_close(likeliest, scores["E(token)"] - energy, rtol=1e-3, atol=1e-5)
+
+
+def test_pieces_begin_at_lines_and_shuffling_keeps_what_is_shuffled(script, scoring_argv):
+    scoring = script("scoring")
+    tokenizer = AutoTokenizer.from_pretrained(scoring_argv[scoring_argv.index("--ebt") + 1])
+    text = "\n".join(f"line {number} has words" for number in range(60))
+    rows = scoring.pieces(tokenizer, text, 4, 5, random.Random(0))
+    assert rows.shape == (4, 6) and all(tokenizer.decode(row[1:]).startswith("line") for row in rows)
+    assert torch.equal(rows, scoring.pieces(tokenizer, text, 4, 5, random.Random(0)))
+    assert not torch.equal(rows, scoring.pieces(tokenizer, text, 4, 5, random.Random(1)))
+    for shuffle, parts in ((scoring._shuffled_words, str.split), (scoring._shuffled_characters, list)):
+        changed = shuffle(text, random.Random(0))
+        assert changed != text and sorted(parts(changed)) == sorted(parts(text))
