@@ -66,8 +66,25 @@ def encode_texts(
     """
     Texts of which every token is scored (without a start token: every one but the first).
 
+    Args:
+        tokenizer: of the model.
+        texts (sequence of `str`): of any lengths.
+        add_start_token (`bool`, *optional*, defaults to `True`): put the bos token (the eos token, if there is none)
+            in front.
+
     Raises:
         ValueError: for no texts, a text without a token to predict, and a tokenizer without bos and eos token.
+
+    Example:
+
+    ```python
+    >>> from transformers import AutoTokenizer
+    >>> from ebt_transformers.assets import checkpoint_path
+    >>> from ebt_transformers.pipelines.text_windows import encode_texts
+
+    >>> encode_texts(AutoTokenizer.from_pretrained(checkpoint_path()), ["To be"])
+    [EncodedText(ids=[0, 398, 306], first=1)]
+    ```
     """
     if isinstance(texts, str) or len(texts) == 0:
         raise ValueError(f"Give a list of at least one text, got {texts!r}.")
@@ -88,8 +105,25 @@ def encode_continuations(
     Continuations of a prompt, each encoded together with it. Scored are the tokens from the first on that the prompt
     alone does not have: a token that begins in the prompt and ends in the continuation belongs to the continuation.
 
+    Args:
+        tokenizer, add_start_token: as for [`encode_texts`].
+        prompt (`str`): what is continued; may be empty.
+        continuations (sequence of `str`): of any lengths.
+
     Raises:
         ValueError: for no continuations, one without a token to predict, and a tokenizer without bos and eos token.
+
+    Example:
+
+    ```python
+    >>> from transformers import AutoTokenizer
+    >>> from ebt_transformers.assets import checkpoint_path
+    >>> from ebt_transformers.pipelines.text_windows import encode_continuations
+
+    >>> tokenizer = AutoTokenizer.from_pretrained(checkpoint_path())
+    >>> encode_continuations(tokenizer, "To", [" be", " be or"])
+    [EncodedText(ids=[0, 398, 306], first=2), EncodedText(ids=[0, 398, 306, 531], first=2)]
+    ```
     """
     if isinstance(continuations, str) or len(continuations) == 0:
         raise ValueError(f"Give a list of at least one continuation, got {continuations!r}.")

@@ -54,6 +54,7 @@ def test_examples_in_docstrings_run(module_name: str) -> None:
         ("modeling_ebt.transformer_image", "EBTImageModel"),
         ("configuration.configuration_ebt_image", "EBTImageConfig"),
         ("configuration.noise_ebt", "noise_scheduler"),
+        ("pipelines.energy_scoring", "EnergyScoringPipeline"),
         ("pipelines.image_denoising", "ImageDenoisingPipeline"),
         ("pipelines.diffusers_denoising", "EBTDenoisingPipeline"),
     ],
