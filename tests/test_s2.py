@@ -430,6 +430,16 @@ def test_a_smaller_buffer_resumes_with_the_newest_rows(tmp_path):
     assert torch.equal(small.rows[1]["state"], large.rows[5]["state"])
 
 
+def test_a_buffer_that_cannot_be_written_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):
+    class LoseTheFolder(TrainerCallback):
+        def on_save(self, args, state, control, **kwargs):
+            monkeypatch.setattr(EBTTrainer, "_replay_file", lambda *_: tmp_path / "nowhere" / "rows.safetensors")
+
+    with pytest.raises(OSError, match="replay buffer could not be written.*last good checkpoint is .*checkpoint-1"):
+        trained(tmp_path, save_strategy="steps", save_steps=1, callbacks=[LoseTheFolder()])
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
+
+
 # ---- refusals --------------------------------------------------------------------------------------------------
 
 

@@ -144,11 +144,20 @@ class ReplayBuffer:
             self.rows.append(row)
 
     def save(self, path: str | Path) -> None:
-        """Writes rows and the state of the draws as safetensors."""
+        """
+        Writes rows and the state of the draws as safetensors.
+
+        Raises:
+            OSError: if the file cannot be written.
+        """
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
 
         tensors = {f"{index}.{name}": value for index, row in enumerate(self.rows) for name, value in row.items()}
-        save_file({**tensors, GENERATOR: self.generator.get_state()}, path, {"rows": str(len(self.rows))})
+        try:
+            save_file({**tensors, GENERATOR: self.generator.get_state()}, path, {"rows": str(len(self.rows))})
+        except SafetensorError as error:  # a full disk too, and no OSError
+            raise OSError(f"The replay buffer could not be written to {path}: {error}") from error
 
     def load(self, path: str | Path) -> None:
         """Reads what [`save`] wrote; a smaller buffer keeps the newest rows."""
