@@ -232,6 +232,16 @@ def test_a_model_without_energies_and_one_without_tokenizer_are_refused(
         EnergyScoringPipeline(model=model, device="cpu")
 
 
+def test_a_model_in_half_precision_and_training_mode_is_scored(
+    make_model: Callable, tokenizer: PreTrainedTokenizerBase, scorer: EnergyScoringPipeline
+) -> None:
+    half = make_model(vocab_size=1024).to(torch.bfloat16).train()
+    found = numbers(pipeline("energy-scoring", model=half, tokenizer=tokenizer, device="cpu")(TEXTS[0]))
+    assert not half.training
+    torch.testing.assert_close(found[:, 0], numbers(scorer(TEXTS[0]))[:, 0], rtol=0.1, atol=0.1)
+    assert bool(found.isfinite().all())
+
+
 # ---- saved -----------------------------------------------------------------------------------------------------
 
 WITHOUT_THE_PACKAGE = """
