@@ -106,8 +106,21 @@ class ThinkingArguments:
     thinking_tolerance: float | None = field(
         default=None, metadata={"help": "Stop thinking about one when its energy changes by no more than this."}
     )
+    thinking_kl_tolerance: float | None = field(
+        default=None,
+        metadata={"help": "Text: stop when a step changes the distribution by no more than this (KL, in nats)."},
+    )
     thinking_target_energy: float | None = field(
         default=None, metadata={"help": "Stop thinking about one when its energy is at most this."}
+    )
+    thinking_budget: int | None = field(
+        default=None, metadata={"help": "Text: steps for all new tokens together; then each gets one."}
+    )
+    thinking_prune_keep: int | None = field(
+        default=None, metadata={"help": "Only the so many best candidates go on after --thinking_prune_after steps."}
+    )
+    thinking_prune_after: int | None = field(
+        default=None, metadata={"help": "Steps that all candidates take before that. Default: 1."}
     )
     thinking_accept_only_lower_energy: bool = field(
         default=False, metadata={"help": "Take a step only where it lowers the energy."}

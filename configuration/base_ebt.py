@@ -95,6 +95,11 @@ class EBTBaseConfig(PreTrainedConfig):
         return False
 
     @property
+    def thinking_without_meaning(self) -> dict[str, str]:
+        """Thinking options that models of this kind cannot follow, and why."""
+        return {}
+
+    @property
     def evaluation_noise_std(self) -> float:
         """The noise of evaluation when a call says nothing."""
         return float(self.thinking_noise_std)

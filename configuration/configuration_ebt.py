@@ -1,5 +1,6 @@
 """`EBTConfig`: what an Energy-Based Transformer for text is."""
 
+from dataclasses import replace
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -7,6 +8,7 @@ from transformers.modeling_rope_utils import RopeParameters
 
 from .base_ebt import EBTBaseConfig
 from .presets_ebt import preset_fields, recipe_fields
+from .thinking_ebt import ThinkingConfig
 
 
 STEP_CONDITIONINGS = ("none", "time_embed", "adaln", "adaln_zero")
@@ -75,6 +77,7 @@ class EBTConfig(EBTBaseConfig):
         thinking_candidates (`int`, *optional*, defaults to 1): Default number of candidates in evaluation.
         thinking_noise_std (`float`, *optional*, defaults to 0.0): Default noise on the logits, in training too.
         thinking_tolerance (`float`, *optional*): Default energy tolerance of the stop rule in evaluation.
+        thinking_kl_tolerance (`float`, *optional*): Default tolerance for the change of a distribution in evaluation.
         thinking_target_energy (`float`, *optional*): Default energy at which evaluation stops.
         thinking_accept_only_lower_energy (`bool`, *optional*, defaults to `False`): Default acceptance in evaluation.
         use_cache (`bool`, *optional*, defaults to `True`): Whether `generate()` caches the context.
@@ -100,6 +103,7 @@ class EBTConfig(EBTBaseConfig):
         "past_key_values",
         "energies",
         "steps_taken",
+        "steps_spent",
         "step_losses",
         "mean_energies",
         "hidden_states",
@@ -125,6 +129,7 @@ class EBTConfig(EBTBaseConfig):
     candidate_anchor: str = "none"
     candidate_init: str = "normal"
     candidate_init_std: float | int = 1.0
+    thinking_kl_tolerance: float | int | None = None
     step_size: float | int = 500.0
     update: str = "replace"
     use_cache: bool = True
@@ -184,6 +189,10 @@ class EBTConfig(EBTBaseConfig):
     def starts_at_random(self) -> bool:
         """Whether training starts the descent at a random place."""
         return self.candidate_init == "normal"
+
+    def default_thinking(self) -> ThinkingConfig:
+        """The thinking a call gets when it says nothing."""
+        return replace(super().default_thinking(), kl_tolerance=self.thinking_kl_tolerance)
 
     @property
     def is_modulated(self) -> bool:

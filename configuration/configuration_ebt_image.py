@@ -188,6 +188,14 @@ class EBTImageConfig(EBTBaseConfig):
         return self.start_spread > 0
 
     @property
+    def thinking_without_meaning(self) -> dict[str, str]:
+        """Thinking options that models of this kind cannot follow, and why."""
+        return {
+            "kl_tolerance": "a picture is no distribution. Use `thinking_tolerance` or `thinking_target_energy`.",
+            "budget": "a picture is a single prediction. Use `thinking_steps`.",
+        }
+
+    @property
     def evaluation_noise_std(self) -> float:
         """Images are denoised without noise unless a call asks for it (the official `no_langevin_during_eval`)."""
         return 0.0

@@ -52,9 +52,24 @@ class ThinkingConfig:
             A step that does not lower a position's energy is not taken there. One more forward per step. (`False`)
         tolerance (`float`, *optional*, at least 0):
             A position stops when its energy changed by at most this much in a step on the same landscape. (never)
+        kl_tolerance (`float`, *optional*, at least 0):
+            Text: a position stops after a step that changed its distribution by at most this much, KL(new || old) in
+            nats, unless the next step is on another landscape; 0 never stops it. Checking costs no forward pass.
+            (never)
         target_energy (`float`, *optional*):
             A position (an image) stops as soon as its energy is at most this, before its first step too. Energies are
             on each model's own scale: measure where good predictions end. (never)
+        budget (`int`, *optional*, at least 0):
+            Text: steps for all tokens of a sequence together, spent from left to right: a token may take as many of
+            its `steps` as are left, and one when nothing is. What a token leaves by stopping early is left to later
+            ones, so give a stop rule, too. Of several candidates the one that thinks longest counts; rejected steps
+            count. In `generate()` the new tokens share it, in `forward()` all positions of a text; 0 means no budget.
+            (none)
+        prune_keep (`int`, *optional*, at least 1):
+            Gives up hopeless candidates: only the so many best of each position by `selection` go on after
+            `prune_after` steps. At most `candidates`, which keeps all. (all)
+        prune_after (`int`, *optional*, at least 1):
+            The steps all candidates take before that; `prune_keep` says how many go on. (1)
         init (`str`, *optional*):
             `"mean"`: candidate 0 starts at the mean of the trained initial distribution (zero logits), so that the
             result is deterministic. `"normal"`: every candidate starts at random logits of the trained spread.
@@ -84,23 +99,29 @@ class ThinkingConfig:
     noise_first_step_only: bool | None = None
     accept_only_lower_energy: bool | None = None
     tolerance: float | None = None
+    kl_tolerance: float | None = None
     target_energy: float | None = None
+    budget: int | None = None
+    prune_keep: int | None = None
+    prune_after: int | None = None
     init: str | None = None
     seed: int | None = None
     landscapes: list[int] | None = None
 
     def __post_init__(self) -> None:
-        for name in ("steps", "candidates"):
+        for name in ("steps", "candidates", "prune_keep", "prune_after"):
             value = getattr(self, name)
             if value is not None and (not _is_integer(value) or value < 1):
                 _fail(name, value, "an integer of at least 1", "Leave it out for the checkpoint's default.")
+        if self.budget is not None and (not _is_integer(self.budget) or self.budget < 0):
+            _fail("budget", self.budget, "an integer of at least 0", "0 means no budget.")
         if self.selection is not None and self.selection not in SELECTIONS:
             _fail("selection", self.selection, f"one of {', '.join(SELECTIONS)}")
         if self.init is not None and self.init not in INITS:
             _fail("init", self.init, f"one of {', '.join(INITS)}")
         if self.step_size is not None and (not _is_number(self.step_size) or self.step_size <= 0):
             _fail("step_size", self.step_size, "a finite number above 0")
-        for name in ("noise_std", "tolerance"):
+        for name in ("noise_std", "tolerance", "kl_tolerance"):
             value = getattr(self, name)
             if value is not None and (not _is_number(value) or value < 0):
                 _fail(name, value, "a finite number of at least 0")

@@ -1,6 +1,6 @@
 """What a model does: the descent, candidates, the two-stream transformer, generation, conversion."""
 
-from .descent import DescentOutput, DescentStep, descend
+from .descent import DescentOutput, DescentStep, StopRules, descend
 from .generation import EBTGenerateBeamOutput, EBTGenerateOutput
 from .modeling_ebt import EBTForCausalLM, EBTModel, EBTPreTrainedModel
 from .modeling_ebt_image import EBTForImageDenoising, EBTImageModel, EBTImagePreTrainedModel
@@ -29,5 +29,6 @@ __all__ = [
     "EBTModel",
     "EBTModelOutputWithPast",
     "EBTPreTrainedModel",
+    "StopRules",
     "descend",
 ]

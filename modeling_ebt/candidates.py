@@ -21,6 +21,12 @@ def _subtract_few(base: Tensor, rows: Tensor, table: Tensor) -> Tensor:
     return base - (table @ pair.t()).t()[: len(rows)]
 
 
+def kl_divergence(new: Tensor, old: Tensor) -> Tensor:
+    """KL(new || old) in nats of the distributions that logits (..., V) stand for, (...); at least 0."""
+    new, old = new.float().log_softmax(-1), old.float().log_softmax(-1)
+    return F.kl_div(old, new, reduction="none", log_target=True).sum(-1).clamp(min=0)
+
+
 class TextCandidates:
     """
     Candidates for the next token, as logits over the vocabulary.
@@ -88,4 +94,4 @@ class ImageCandidates:
         return state - step_size * gradient.float()
 
 
-__all__ = ["ImageCandidates", "TextCandidates"]
+__all__ = ["ImageCandidates", "TextCandidates", "kl_divergence"]

@@ -183,7 +183,8 @@ REPLAY_FLAGS: dict[str, Any] = {
 # config fields without an official flag that do not change what the trained model is
 LEFT_OUT = (
     *("pad_token_id", "bos_token_id", "eos_token_id", "use_cache", "initializer_range", "pretraining_tp"),
-    *("thinking_candidates", "thinking_tolerance", "thinking_target_energy", "thinking_accept_only_lower_energy"),
+    *("thinking_candidates", "thinking_tolerance", "thinking_kl_tolerance", "thinking_target_energy"),
+    "thinking_accept_only_lower_energy",
 )
 
 

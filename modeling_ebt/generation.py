@@ -1,5 +1,6 @@
 """Thinking in `generate()`: options resolved once, energies of every token carried out."""
 
+import functools
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
@@ -55,8 +56,17 @@ NO_CONTINUOUS_BATCHING = (
     "`generate()` with a padded batch of prompts (`tokenizer(prompts, padding=True, padding_side='left')`)."
 )
 
-# a context variable keeps threads apart
+
+@dataclass
+class _Account:
+    """What each row (beam) of a running generate() call has used up of its `thinking_budget`."""
+
+    spent: Tensor | None = None
+
+
+# context variables keep threads apart
 _TRACE: ContextVar[_Trace | None] = ContextVar("ebt_thinking_trace", default=None)
+_ACCOUNT: ContextVar[_Account | None] = ContextVar("ebt_thinking_account", default=None)
 
 
 def configured_thinking(config: Any) -> ThinkingConfig:
@@ -92,14 +102,27 @@ class EBTGenerationMixin(GenerationMixin):
         The order of precedence is this call, the `thinking_*` attributes of the generation config, the model config.
 
         Raises:
-            ValueError: for options that are unknown or out of range, and for `output_energies` in a decoding mode that
-                proposes several tokens at once.
+            ValueError: for options that are unknown or out of range, and for `output_energies` and `thinking_budget`
+                in a decoding mode that proposes several tokens at once.
         """
+        token = _ACCOUNT.set(_Account())
+        try:
+            return self._generate(*args, output_energies=output_energies, **kwargs)
+        finally:
+            _ACCOUNT.reset(token)
+
+    def _generate(self, *args: Any, output_energies: bool | None = None, **kwargs: Any) -> Any:
         generation_config = kwargs.get("generation_config")
         if generation_config is None and len(args) > 1:
             generation_config = args[1]
         configured = [config for config in (generation_config, self.generation_config) if config is not None]
         kwargs["thinking"] = self._call_thinking(kwargs, configured)
+        looked_up = [kwargs, *(vars(config) for config in configured)]
+        assisted = kwargs.get("assistant_model") is not None or any(
+            options.get("prompt_lookup_num_tokens") for options in looked_up
+        )
+        if kwargs["thinking"].budget and assisted:
+            raise ValueError("`thinking_budget` is not available with assisted decoding, which takes tokens back.")
         if not output_energies:
             return super().generate(*args, **kwargs)
         returns_dict = kwargs.get("return_dict_in_generate")
@@ -108,7 +131,7 @@ class EBTGenerationMixin(GenerationMixin):
                 returns_dict = getattr(config, "return_dict_in_generate", None)
         if not returns_dict:
             raise ValueError("`output_energies=True` needs `return_dict_in_generate=True` to have somewhere to go.")
-        if kwargs.get("assistant_model") is not None or kwargs.get("prompt_lookup_num_tokens"):
+        if assisted:
             raise ValueError("`output_energies=True` is not available with assisted decoding, which skips tokens.")
         trace = _Trace()
         token = _TRACE.set(trace)
@@ -183,7 +206,29 @@ class EBTGenerationMixin(GenerationMixin):
         if trace is not None and outputs.get("energies") is not None:
             trace.energies.append(outputs.energies[:, -1])
             trace.steps_taken.append(outputs.steps_taken[:, -1])
+        account = _ACCOUNT.get()
+        if account is not None and outputs.get("steps_spent") is not None:
+            account.spent = outputs.steps_spent[:, -1]
         return super()._update_model_kwargs_for_generation(outputs, model_kwargs, **kwargs)
+
+    def _get_running_beams_for_next_iteration(self, *args: Any, **kwargs: Any) -> Any:
+        running = super()._get_running_beams_for_next_iteration(*args, **kwargs)
+        account = _ACCOUNT.get()
+        if account is not None and account.spent is not None:
+            # the newest beams go on from the rows that the last filled column names
+            parents = running[2].flatten(0, 1)
+            last = (parents >= 0).sum(1, keepdim=True) - 1
+            account.spent = account.spent[parents.gather(1, last)[:, 0].long()]
+        return running
+
+    @functools.wraps(GenerationMixin.prepare_inputs_for_generation)
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
+        # a token is told what those before it have used up of a thinking budget
+        inputs = super().prepare_inputs_for_generation(*args, **kwargs)
+        account = _ACCOUNT.get()
+        if account is not None and account.spent is not None:
+            inputs["steps_spent"] = account.spent
+        return inputs
 
     @staticmethod
     def _with_energies(output: Any, trace: _Trace) -> Any:

@@ -6,6 +6,8 @@ Shapes: ``B`` rows, ``S`` new context tokens, ``T`` positions thought about, ``M
 """
 
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ from transformers.generation import GenerationMixin
 from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 
+from .budget import StepBudget
 from .candidates import TextCandidates
 from .checks import check_energies, check_labels, check_token_ids, outside_inference_mode
 from .configuration_ebt import EBTConfig
@@ -23,6 +26,7 @@ from .generation import EBTGenerationMixin
 from .layers_common import EBTStepSize
 from .losses import TextStepLosses
 from .outputs import EBTCausalLMOutputWithPast, EBTContext
+from .stopping import WORTH_COPYING, WORTH_NARROWING, Narrowing
 from .thinking import (
     Thinking,
     choose_candidate,
@@ -33,6 +37,7 @@ from .thinking import (
     random_offsets,
     random_step_sizes,
     resolve_thinking,
+    stop_rules,
     training_start,
 )
 from .thinking_ebt import ThinkingConfig
@@ -99,6 +104,7 @@ class EBTForCausalLM(EBTTokenScoresMixin, EBTGenerationMixin, EBTPreTrainedModel
         logits_to_keep: int | Tensor = 0,
         thinking: ThinkingConfig | dict[str, Any] | None = None,
         initial_candidate: Tensor | None = None,
+        steps_spent: Tensor | None = None,
         output_energies: bool | None = None,
         output_trajectory: bool | None = None,
         **kwargs: Any,
@@ -121,6 +127,8 @@ class EBTForCausalLM(EBTTokenScoresMixin, EBTGenerationMixin, EBTPreTrainedModel
                 `thinking_steps=8`. Unset fields come from the config.
             initial_candidate (`torch.FloatTensor` of shape `(B, T, V)` or `(B, M, T, V)`, *optional*): logits to start
                 from.
+            steps_spent (`torch.LongTensor` of shape `(B,)`, *optional*): steps of `thinking_budget` that earlier calls
+                used for each row: their `output.steps_spent[:, -1]`.
             output_energies (`bool`, *optional*): return `energies`, the last being that of the returned logits (one
                 more forward of the candidate stream).
             output_trajectory (`bool`, *optional*): return `trajectory`, the logits after every step: `K + 1` times the
@@ -132,8 +140,8 @@ class EBTForCausalLM(EBTTokenScoresMixin, EBTGenerationMixin, EBTPreTrainedModel
             [`EBTCausalLMOutputWithPast`].
 
         Raises:
-            ValueError: for bad input (see [`EBTModel.forward`]), thinking options that are unknown or out of range, or
-                an initial candidate of the wrong shape.
+            ValueError: for bad input (see [`EBTModel.forward`]), thinking options that are unknown or out of range,
+                an initial candidate of the wrong shape, or `steps_spent` of the wrong shape or without a budget.
         """
         flat = {name: kwargs.pop(name) for name in list(kwargs) if name.startswith("thinking_")}
         resolved = resolve_thinking(self.config, thinking, flat, self.training)
@@ -150,12 +158,18 @@ class EBTForCausalLM(EBTTokenScoresMixin, EBTGenerationMixin, EBTPreTrainedModel
             need_hidden=False,
         )
         context = outputs.context
+        budget = None
+        if resolved.budget is not None or steps_spent is not None:
+            budget = StepBudget.of_call(resolved.budget, steps_spent, context.batch_size, context.position_ids)
         if not isinstance(logits_to_keep, int):
-            context = context.keep(logits_to_keep)
+            keep: Tensor | slice = logits_to_keep
         elif logits_to_keep < 0:
             raise ValueError(f"`logits_to_keep` must be at least 0 (0 keeps all), got {logits_to_keep}.")
         elif logits_to_keep > 0:
-            context = context.keep(slice(-logits_to_keep, None))
+            keep = slice(-logits_to_keep, None)
+        else:
+            keep = slice(None)
+        context = context.keep(keep)
         batch = context.batch_size
         state = self._initial_state(batch, context, resolved, initial_candidate)
         step_size = self.step_size()
@@ -176,7 +190,11 @@ class EBTForCausalLM(EBTTokenScoresMixin, EBTGenerationMixin, EBTPreTrainedModel
             if output_trajectory:
                 states.append(state.detach())
 
-        result = self._think(state, context, schedule, resolved, bool(output_energies), on_step)
+        watched = output_trajectory or (losses is not None and single)
+        budget = None if budget is None else budget.keep(keep)
+        result = self._think(
+            state, context, schedule, resolved, budget, bool(output_energies), on_step if watched else None
+        )
         if not self.training:
             check_energies(result.energies[-1], schedule[-1].step_size)
         chosen = choose_candidate(result, resolved.selection, state.shape[1])
@@ -189,6 +207,7 @@ class EBTForCausalLM(EBTTokenScoresMixin, EBTGenerationMixin, EBTPreTrainedModel
             logits=logits,
             energies=pick_candidate(torch.stack(result.energies, dim=-1), chosen) if output_energies else None,
             steps_taken=pick_candidate(result.steps_taken, chosen),
+            steps_spent=None if budget is None else budget.share(result.steps_tried, state.shape[1])[1],
             step_losses=None if losses is None else losses.stacked(),
             mean_energies=_mean_energies(result, len(schedule), losses) if self.training else None,
             trajectory=pick_candidate(torch.stack(states, dim=2), chosen) if output_trajectory else None,
@@ -298,15 +317,16 @@ class EBTForCausalLM(EBTTokenScoresMixin, EBTGenerationMixin, EBTPreTrainedModel
         context: EBTContext,
         schedule: list[DescentStep],
         thinking: Thinking,
+        budget: StepBudget | None,
         output_energies: bool,
-        on_step: Callable[[int, Tensor, Tensor], None],
+        on_step: Callable[[int, Tensor, Tensor], None] | None,
     ) -> DescentOutput:
         """Descends all candidates of all positions at once; states are (B, N, V), candidate-major."""
         candidates = state.shape[1]
         context = context.repeat_candidates(candidates)
         learning = self.training and torch.is_grad_enabled()
 
-        def energy(embedded: Tensor, landscape: int) -> Tensor:
+        def energy(embedded: Tensor, landscape: int, context: EBTContext = context) -> Tensor:
             return self.model(candidate_embeds=embedded, context=context, landscape=landscape).energies
 
         graph = "none"
@@ -315,21 +335,39 @@ class EBTForCausalLM(EBTTokenScoresMixin, EBTGenerationMixin, EBTPreTrainedModel
         # each token of a text has noise of its own, the same with every kind of cache
         noisy = any(step.noise_std > 0 for step in schedule)
         position = int(context.position_ids.max()) if noisy else 0
-        return descend(
-            energy,
-            TextCandidates(self._candidate_table(), self.config.update),
-            state.flatten(1, 2),
-            schedule,
-            detach_between_steps=self.config.detach_between_steps or not learning,
-            graph_on_steps=graph,
-            accept_only_lower_energy=thinking.accept_only_lower_energy,
-            tolerance=thinking.tolerance,
-            target_energy=thinking.target_energy,
-            final_energy=output_energies or candidates > 1,
-            generator=random_generator(thinking, state.device, position),
-            checkpoint=self._gradient_checkpointing_func if learning and self.gradient_checkpointing else None,
-            on_step=on_step,
-        )
+        if budget is not None and noisy and thinking.seed == -1:
+            # a budget may walk twice: the second time with the noise of the first
+            thinking = replace(thinking, seed=int(torch.randint(2**31, (1,))))
+
+        # a decoded token is little work beside the copy of its row's keys
+        worth = WORTH_COPYING if state.shape[2] == 1 else WORTH_NARROWING
+        narrow = Narrowing(lambda index: partial(energy, context=context.select(*index)), worth)
+
+        def walk(limits: Tensor | None, **options: Any) -> DescentOutput:
+            return descend(
+                energy,
+                TextCandidates(self._candidate_table(), self.config.update),
+                state.flatten(1, 2),
+                schedule,
+                detach_between_steps=self.config.detach_between_steps or not learning,
+                graph_on_steps=graph,
+                accept_only_lower_energy=thinking.accept_only_lower_energy,
+                stop=stop_rules(thinking, candidates, limits),
+                narrow=narrow,
+                generator=random_generator(thinking, state.device, position),
+                checkpoint=self._gradient_checkpointing_func if learning and self.gradient_checkpointing else None,
+                **options,
+            )
+
+        limits = None
+        if budget is not None:
+            shape, positions = (state.shape[0], candidates * state.shape[2]), state.shape[2]
+            wanted = torch.full(shape, len(schedule), device=state.device)
+            if positions > 1:
+                # what is left to a position shows when those before it have thought
+                wanted = walk(None).steps_tried
+            limits = budget.share(wanted, candidates)[0].repeat(1, candidates)
+        return walk(limits, final_energy=output_energies or candidates > 1, on_step=on_step)
 
     @staticmethod
     def create_masks_for_generate(attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:

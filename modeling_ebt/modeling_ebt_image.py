@@ -5,6 +5,7 @@ Shapes: ``B`` images, ``M`` candidates an image, ``C`` channels, ``H x W`` pixel
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from .descent import DescentOutput, DescentStep, descend, standard_normal
 from .layers_common import EBTStepSize
 from .losses import ImageStepLosses
 from .outputs import EBTImageDenoisingOutput
+from .stopping import EnergyFunction, Index, Narrowing
 from .thinking import (
     Thinking,
     choose_candidate,
@@ -28,6 +30,7 @@ from .thinking import (
     random_offsets,
     random_step_sizes,
     resolve_thinking,
+    stop_rules,
 )
 from .thinking_ebt import ThinkingConfig
 from .transformer_image import EBTImageModel, EBTImagePreTrainedModel
@@ -135,7 +138,8 @@ class EBTForImageDenoising(EBTImagePreTrainedModel):
             if output_trajectory:
                 states.append(state.detach())
 
-        result = self._think(state, noisy, schedule, resolved, bool(output_energies), on_step)
+        watched = output_trajectory or (losses is not None and state.shape[1] == 1)
+        result = self._think(state, noisy, schedule, resolved, bool(output_energies), on_step if watched else None)
         if not self.training:
             check_energies(result.energies[-1], schedule[-1].step_size)
         chosen = choose_candidate(result, resolved.selection, state.shape[1])
@@ -273,7 +277,7 @@ class EBTForImageDenoising(EBTImagePreTrainedModel):
         schedule: list[DescentStep],
         thinking: Thinking,
         output_energies: bool,
-        on_step: Callable[[int, Tensor, Tensor], None],
+        on_step: Callable[[int, Tensor, Tensor], None] | None,
     ) -> DescentOutput:
         """Descends all candidates of all images at once."""
         candidates = state.shape[1]
@@ -282,9 +286,14 @@ class EBTForImageDenoising(EBTImagePreTrainedModel):
         if self.config.image_conditioning == "noisy_image":
             context = noisy.to(self.dtype).repeat_interleave(candidates, dim=0)
 
-        def energy(embedded: Tensor, landscape: int) -> Tensor:
+        def energy(embedded: Tensor, landscape: int, context: Tensor | None = context) -> Tensor:
             judged = self.model(embedded.flatten(0, 1), noisy_pixel_values=context, landscape=landscape)
             return judged.energies.mean(-1).view(embedded.shape[:2])
+
+        def narrow(index: Index) -> EnergyFunction:
+            if context is None:
+                return energy
+            return partial(energy, context=context.unflatten(0, (-1, candidates))[index].flatten(0, 1))
 
         graph = "none"
         if learning:
@@ -297,8 +306,8 @@ class EBTForImageDenoising(EBTImagePreTrainedModel):
             detach_between_steps=self.config.detach_between_steps or not learning,
             graph_on_steps=graph,
             accept_only_lower_energy=thinking.accept_only_lower_energy,
-            tolerance=thinking.tolerance,
-            target_energy=thinking.target_energy,
+            stop=stop_rules(thinking, candidates),
+            narrow=Narrowing(narrow),
             final_energy=output_energies or candidates > 1,
             generator=random_generator(thinking, state.device),
             checkpoint=self._gradient_checkpointing_func if learning and self.gradient_checkpointing else None,

@@ -49,6 +49,24 @@ class EBTContext:
         mask, position_ids = self.mask.repeat(1, 1, count, 1), self.position_ids.repeat(1, count)
         return EBTContext(self.keys, self.values, mask, position_ids, anchors)
 
+    def select(self, rows: torch.Tensor, columns: torch.Tensor) -> "EBTContext":
+        """
+        The same context for some of the candidates.
+
+        Args:
+            rows (`torch.LongTensor` of shape `(R, 1)`): ascending, each at most once; keys are copied only if some are
+                missing.
+            columns (`torch.LongTensor` of shape `(R, n)`): the candidates of each.
+        """
+        keys, values, first = self.keys, self.values, rows[:, 0]
+        if len(rows) < self.batch_size:
+            keys, values = ([part.index_select(0, first) for part in parts] for parts in (keys, values))
+        anchors = None if self.anchors is None else self.anchors[rows, columns]
+        shared = rows if len(self.mask) > 1 else torch.zeros_like(rows)
+        mask = self.mask[shared, 0, columns][:, None]
+        positions = self.position_ids[rows if len(self.position_ids) > 1 else torch.zeros_like(rows), columns]
+        return EBTContext(keys, values, mask, positions, anchors)
+
 
 @dataclass
 class EBTModelOutputWithPast(ModelOutput):
@@ -87,6 +105,8 @@ class EBTCausalLMOutputWithPast(ModelOutput):
         energies (`torch.FloatTensor` of shape `(B, T, K + 1)`, *optional*):
             With `output_energies=True`: energy of the chosen candidate before every step and after the last.
         steps_taken (`torch.LongTensor` of shape `(B, T)`, *optional*): steps that moved the chosen candidate.
+        steps_spent (`torch.LongTensor` of shape `(B, T)`, *optional*):
+            With `thinking_budget`: steps of it that each text has used up to and with this position.
         step_losses (`torch.FloatTensor` of shape `(K,)`, *optional*):
             Cross-entropy after each step, with labels; `(K, B, T)` with `loss_reduction="none"`.
         mean_energies (`torch.FloatTensor` of shape `(K,)`, *optional*): mean energy before each step, in training
@@ -103,6 +123,7 @@ class EBTCausalLMOutputWithPast(ModelOutput):
     logits: torch.Tensor | None = None
     energies: torch.Tensor | None = None
     steps_taken: torch.Tensor | None = None
+    steps_spent: torch.Tensor | None = None
     step_losses: torch.Tensor | None = None
     mean_energies: torch.Tensor | None = None
     past_key_values: Cache | None = None

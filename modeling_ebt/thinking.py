@@ -1,13 +1,15 @@
 """From thinking options to a schedule of descent steps, and from several descended candidates to one."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .base_ebt import EBTBaseConfig
-from .descent import DescentOutput, DescentStep, standard_normal
+from .candidates import kl_divergence
+from .descent import DescentOutput, DescentStep, StopRules, standard_normal
 from .thinking_ebt import ThinkingConfig
 
 
@@ -21,8 +23,8 @@ class Thinking:
         scales (`list[float]`): factor on the step size of every step.
         noises (`list[float]`): noise before every step.
         step_size (`float`, *optional*): instead of the model's own.
-        candidates, selection, accept_only_lower_energy, tolerance, target_energy, init, seed: as in
-            [`ThinkingConfig`].
+        candidates, selection, accept_only_lower_energy, tolerance, kl_tolerance, target_energy, budget, prune_keep,
+            prune_after, init, seed: as in [`ThinkingConfig`].
     """
 
     landscapes: list[int]
@@ -33,7 +35,11 @@ class Thinking:
     selection: str
     accept_only_lower_energy: bool
     tolerance: float | None
+    kl_tolerance: float | None
     target_energy: float | None
+    budget: int | None
+    prune_keep: int | None
+    prune_after: int
     init: str
     seed: int
 
@@ -51,16 +57,20 @@ def resolve_thinking(
         training (`bool`): whether the model is in training mode.
 
     Raises:
-        ValueError: for unknown options, values out of range, evaluation-only options in training, a landscape the
-            model does not have, and a list of scales of the wrong length.
+        ValueError: for unknown options, values out of range, options without a meaning for the model, evaluation-only
+            options in training, a landscape the model does not have, and a list of scales of the wrong length.
     """
     called = ThinkingConfig.from_call(thinking, flat)
     defaults = ThinkingConfig.from_value(config.default_thinking())
+    for name, reason in config.thinking_without_meaning.items():
+        if getattr(called, name):
+            raise ValueError(f"`thinking_{name}` means nothing for this model: {reason}")
     if training:
         stops = called.tolerance is not None or called.target_energy is not None
-        if (called.candidates or 1) > 1 or stops or called.accept_only_lower_energy:
+        adaptive = called.kl_tolerance or called.budget or called.prune_keep
+        if (called.candidates or 1) > 1 or stops or adaptive or called.accept_only_lower_energy:
             raise ValueError(
-                "Several candidates, stop rules and `accept_only_lower_energy` are for evaluation: call "
+                "Several candidates, stop rules, budgets and `accept_only_lower_energy` are for evaluation: call "
                 "`model.eval()` first."
             )
         defaults = ThinkingConfig(
@@ -83,6 +93,7 @@ def resolve_thinking(
             f"`thinking_step_size_scale` must be a number, or one number for each of the {steps} steps, got "
             f"{len(scales)} numbers."
         )
+    _check_pruning(called, wanted, steps)
     noise = float(wanted.noise_std or 0.0)
     return Thinking(
         landscapes=list(landscapes),
@@ -93,10 +104,29 @@ def resolve_thinking(
         selection=wanted.selection or "min_energy",
         accept_only_lower_energy=bool(wanted.accept_only_lower_energy),
         tolerance=wanted.tolerance,
+        kl_tolerance=wanted.kl_tolerance or None,
         target_energy=wanted.target_energy,
+        budget=wanted.budget or None,
+        prune_keep=wanted.prune_keep,
+        prune_after=wanted.prune_after or 1,
         init=wanted.init or "mean",
         seed=0 if wanted.seed is None else wanted.seed,
     )
+
+
+def _check_pruning(called: ThinkingConfig, wanted: ThinkingConfig, steps: int) -> None:
+    """Raises where a call asks for pruning that cannot happen."""
+    if called.prune_after is not None and wanted.prune_keep is None:
+        raise ValueError(
+            f"`thinking_prune_after` ({called.prune_after}) means nothing without `thinking_prune_keep`: how many "
+            "candidates go on?"
+        )
+    after = wanted.prune_after or 1
+    if wanted.prune_keep is not None and wanted.prune_keep < (wanted.candidates or 1) and after >= steps:
+        raise ValueError(
+            f"`thinking_prune_after` must be below the number of steps ({steps}), got {after}: nothing would be "
+            "pruned. Take more `thinking_steps`, or leave out `thinking_prune_keep`."
+        )
 
 
 def _training_steps(config: EBTBaseConfig, default: int | None) -> int | None:
@@ -195,6 +225,49 @@ def make_schedule(thinking: Thinking, step_size: Tensor) -> list[DescentStep]:
     ]
 
 
+def stop_rules(thinking: Thinking, candidates: int, step_limits: Tensor | None = None) -> StopRules:
+    """
+    When the candidates (B, M T) of a call stop.
+
+    Args:
+        thinking ([`Thinking`]): what the call does.
+        candidates (`int`): M.
+        step_limits (`torch.LongTensor` of shape `(B, M T)`, *optional*): the most steps each may take.
+
+    Raises:
+        ValueError: if more candidates are to be kept than there are.
+    """
+    keep, close = thinking.prune_keep, thinking.kl_tolerance
+    if keep is not None and keep > candidates:
+        raise ValueError(
+            f"`thinking_prune_keep` must be at most the number of candidates ({candidates}), got {keep}. Give "
+            "`thinking_candidates` of them, too."
+        )
+    prunes = keep is not None and keep < candidates
+    return StopRules(
+        tolerance=thinking.tolerance,
+        target_energy=thinking.target_energy,
+        stable=None if close is None else lambda new, old: kl_divergence(new, old) <= close,
+        step_limits=step_limits,
+        prune_after=thinking.prune_after if prunes else None,
+        prune=partial(_best, keep=keep, selection=thinking.selection, candidates=candidates) if prunes else None,
+    )
+
+
+def _badness(first: Tensor, last: Tensor, selection: str) -> Tensor:
+    """What a selection makes of energies at the start and at the end: the candidate of the lowest is the best."""
+    if selection == "min_energy":
+        return last
+    return -last if selection == "max_energy" else last - first
+
+
+def _best(first: Tensor, last: Tensor, keep: int, selection: str, candidates: int) -> Tensor:
+    """True for the `keep` best of every position, by energies (B, M T)."""
+    badness = _badness(first, last, selection).unflatten(1, (candidates, -1))
+    best = badness.topk(keep, dim=1, largest=False).indices
+    return torch.zeros_like(badness, dtype=torch.bool).scatter_(1, best, True).flatten(1)
+
+
 def choose_candidate(result: DescentOutput, selection: str, candidates: int) -> Tensor | None:
     """
     Which candidate of every position to keep (self-verification, Alg. 2).
@@ -210,13 +283,10 @@ def choose_candidate(result: DescentOutput, selection: str, candidates: int) -> 
     if candidates == 1:
         return None
     first, last = (energies.unflatten(1, (candidates, -1)) for energies in (result.energies[0], result.energies[-1]))
-    if selection == "min_energy":
-        chosen = last.argmin(1, keepdim=True)
-    elif selection == "max_energy":
-        chosen = last.argmax(1, keepdim=True)
-    else:
-        chosen = (first - last).argmax(1, keepdim=True)
-    return chosen.expand(-1, candidates, -1)
+    badness = _badness(first, last, selection)
+    if result.kept is not None:
+        badness = badness.masked_fill(~result.kept.unflatten(1, (candidates, -1)), float("inf"))
+    return badness.argmin(1, keepdim=True).expand(-1, candidates, -1)
 
 
 def pick_candidate(tensor: Tensor, chosen: Tensor | None) -> Tensor:
@@ -245,5 +315,6 @@ __all__ = [
     "random_offsets",
     "random_step_sizes",
     "resolve_thinking",
+    "stop_rules",
     "training_start",
 ]

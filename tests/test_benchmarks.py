@@ -69,6 +69,28 @@ def test_generation_runs_and_resumes(script, tmp_path, monkeypatch):
     assert len(measured) == 3 + 20
 
 
+def test_self_verification_runs_and_resumes(script, tmp_path, monkeypatch):
+    verification = script("self_verification")
+    path = tmp_path / "verification.jsonl"
+    argv = [*TINY, "--context", "4", "--steps", "1", "2", "--candidates", "2", "8", "--new-tokens", "2"]
+    argv += ["--repeats", "1", "--keep", "1", "2", "--results", str(path)]
+    asked = []
+    times = verification.token_times
+    monkeypatch.setattr(verification, "token_times", lambda *args, **said: asked.append(said) or times(*args, **said))
+    text = verification.main(argv)
+    rows = rows_of(path)
+    # one step leaves nothing to prune, and keeping two of two is no pruning
+    assert [(row["steps"], row["candidates"], row["keep"]) for row in rows] == [
+        *((1, 2, 2), (1, 8, 8)),
+        *((2, 2, 2), (2, 2, 1), (2, 8, 8), (2, 8, 1), (2, 8, 2)),
+    ]
+    assert all(row["seconds_per_token"] > 0 and row["ratio"] > 0 for row in rows)
+    assert {said.get("thinking_prune_keep") for said in asked} == {None, 1, 2}
+    assert text.count("8 candidates cost") == 2
+    monkeypatch.setattr(verification, "measure", lambda *args: pytest.fail("measured again"))
+    assert verification.main(argv) == text
+
+
 def test_uncached_generation_is_uncached(script, make_model):
     generation = script("generation")
     model = make_model()
