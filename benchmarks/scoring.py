@@ -272,7 +272,7 @@ def draw_plot(path: Path, shown: dict[int, tuple[list[str], dict[str, dict[str, 
         axis.set(title=f"{tokens} tokens", xlabel="AUROC (0.5: guessing)")
         axis.grid(axis="y", alpha=0.3)
     axes[0].invert_yaxis()
-    axes[0].legend(loc="upper left", fontsize=8)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper")
     figure.savefig(path, dpi=120)
 
 
