@@ -26,7 +26,12 @@ if TYPE_CHECKING:
     )
     from .modeling_ebt.conversion_ebt import model_from_official, model_to_official
     from .modeling_ebt.image_processing_ebt import EBTImageProcessor
-    from .pipelines import ImageDenoisingPipeline, generate_with_energies, perplexity_by_steps
+    from .pipelines import (
+        EnergyScoringPipeline,
+        ImageDenoisingPipeline,
+        generate_with_energies,
+        perplexity_by_steps,
+    )
     from .pipelines.diffusers_denoising import EBTDenoisingPipeline  # noqa: F401  public, but `import *` must not need diffusers
     from .training import EBTImageTrainingArguments, EBTTrainer, EBTTrainingArguments
 
@@ -48,7 +53,12 @@ _HOMES = {
     ),
     ".modeling_ebt.conversion_ebt": ("model_from_official", "model_to_official"),
     ".modeling_ebt.image_processing_ebt": ("EBTImageProcessor",),
-    ".pipelines": ("ImageDenoisingPipeline", "generate_with_energies", "perplexity_by_steps"),
+    ".pipelines": (
+        "EnergyScoringPipeline",
+        "ImageDenoisingPipeline",
+        "generate_with_energies",
+        "perplexity_by_steps",
+    ),
     ".pipelines.diffusers_denoising": ("EBTDenoisingPipeline",),
     ".training": ("EBTImageTrainingArguments", "EBTTrainer", "EBTTrainingArguments"),
 }
@@ -86,6 +96,7 @@ __all__ = [
     "EBTModelOutputWithPast",
     "EBTTrainer",
     "EBTTrainingArguments",
+    "EnergyScoringPipeline",
     "ImageDenoisingPipeline",
     "ThinkingConfig",
     "generate_with_energies",

@@ -13,7 +13,7 @@ EXAMPLES = ROOT / "examples"
 # options that make an example short, and what it must have printed or written
 SCRIPTS = {
     "think_longer": (["--max_new_tokens", "3"], r"'thinking_candidates': 4}: mean energy -?[\d.]+ -> -?[\d.]+", None),
-    "rank_continuations": ([], r"' all the people' +\| +-?[\d.]+ \| +[\d.]+", None),
+    "rank_continuations": ([], r"' all the people' +(\| +-?[\d.]+ ){3}", None),
     "denoise_picture": ([], r"4 steps: energy (-?[\d.]+ -> ){4}", "denoised.png"),
     "train_text": (["--max_steps", "2"], r"perplexity by thinking steps: \{1: ", "runs/example_text/README.md"),
     "train_denoiser": (["--max_steps", "2"], r"Held-out PSNR: ", "runs/example_images/preprocessor_config.json"),

@@ -30,6 +30,7 @@ PROMISED = {
     "ThinkingConfig",
     "transformer_pp_config",
     "EBTTrainer",
+    "EnergyScoringPipeline",
     "EBTImageTrainingArguments",
     "EBTTrainingArguments",
     "generate_with_energies",
@@ -65,6 +66,7 @@ assert AutoModelForImageToImage._model_mapping[ours.EBTImageConfig] is ours.EBTF
 assert ours.EBTForCausalLM in AutoModelForCausalLM._model_mapping.values()
 assert ours.EBTImageConfig in IMAGE_PROCESSOR_MAPPING
 assert PIPELINE_REGISTRY.supported_tasks["image-denoising"]["impl"] is ours.ImageDenoisingPipeline
+assert PIPELINE_REGISTRY.supported_tasks["energy-scoring"]["impl"] is ours.EnergyScoringPipeline
 """
 
 
