@@ -19,7 +19,7 @@ SUBPACKAGES = (
     "training",
     "web",
 )
-ROOT_MODULES = ("__init__", "cli", "demo", "demo_image", "registration", "reporting")
+ROOT_MODULES = ("__init__", "cli", "cli_options", "demo", "demo_image", "registration", "reporting")
 DATA_FOLDERS = ("assets.tiny_ebt", "assets.tiny_ebt_image")  # no code inside; setuptools wants them named all the same
 PACKAGE_DATA = {
     PACKAGE: ["py.typed"],
