@@ -237,13 +237,14 @@ def stop_rules(thinking: Thinking, candidates: int, step_limits: Tensor | None =
     Raises:
         ValueError: if more candidates are to be kept than there are.
     """
-    keep, close = thinking.prune_keep, thinking.kl_tolerance
-    if keep is not None and keep > candidates:
+    keep = candidates if thinking.prune_keep is None else thinking.prune_keep
+    close = thinking.kl_tolerance
+    if keep > candidates:
         raise ValueError(
             f"`thinking_prune_keep` must be at most the number of candidates ({candidates}), got {keep}. Give "
             "`thinking_candidates` of them, too."
         )
-    prunes = keep is not None and keep < candidates
+    prunes = keep < candidates
     return StopRules(
         tolerance=thinking.tolerance,
         target_energy=thinking.target_energy,
