@@ -190,10 +190,11 @@ def _score_batch(
     tokens = targets.clamp(min=0)
     places = (targets != -100).any(0).nonzero().squeeze(1)  # thinking costs most: not about what is not asked for
     logits = model(inputs, attention_mask=mask, use_cache=False, thinking=thinking, logits_to_keep=places).logits
+    log_probs = logits.log_softmax(-1)
     probs = logits.new_zeros(*inputs.shape, logits.shape[-1])
-    probs[:, places] = logits.softmax(-1)
+    probs[:, places] = log_probs.exp()
     losses = probs.new_zeros(inputs.shape)
-    losses[:, places] = -logits.log_softmax(-1).gather(-1, tokens[:, places, None]).squeeze(-1)
+    losses[:, places] = -log_probs.gather(-1, tokens[:, places, None]).squeeze(-1)
     energies, predicted = (
         model.energy(inputs, attention_mask=mask, landscape=landscape, **candidate)
         for candidate in ({"candidate_ids": tokens}, {"candidate_probs": probs})
