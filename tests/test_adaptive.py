@@ -1,7 +1,9 @@
 """Laws of adaptive thinking: who stops when, what a budget leaves to whom, and who is given up."""
 
 import json
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +17,10 @@ from ebt_transformers.modeling_ebt import DescentStep, StopRules, descend
 from ebt_transformers.modeling_ebt.budget import StepBudget
 from ebt_transformers.modeling_ebt.candidates import kl_divergence
 from ebt_transformers.modeling_ebt.stopping import Narrowing
+
+
+sys.path.append(str(Path(__file__).parent))  # the helper beside this file, under every import mode of pytest
+from points import Points  # noqa: E402
 
 
 MakeModel = Callable[..., EBTForCausalLM]
@@ -342,22 +348,6 @@ def test_images_that_stopped_are_not_computed(conditioning: str) -> None:
 
 
 # ----------------------------------------------------------------------------------------------- the descent by itself
-
-
-class Points:
-    """States are points, and the energy sees them as they are."""
-
-    def point(self, state: Tensor) -> Tensor:
-        """The state."""
-        return state
-
-    def embed(self, point: Tensor) -> Tensor:
-        """The state."""
-        return point
-
-    def update(self, state: Tensor, point: Tensor, gradient: Tensor, step_size: Tensor | float) -> Tensor:
-        """Plain gradient descent."""
-        return state - step_size * gradient
 
 
 def test_a_descent_that_leaves_candidates_out_is_the_same_descent() -> None:

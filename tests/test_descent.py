@@ -1,7 +1,9 @@
 """Laws of the descent: what it computes, what it reports, how rows stop and how candidates are chosen."""
 
 import copy
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +13,10 @@ from torch.testing import assert_close
 
 from ebt_transformers import EBTForCausalLM, ThinkingConfig
 from ebt_transformers.modeling_ebt import DescentStep, StopRules, descend
+
+
+sys.path.append(str(Path(__file__).parent))  # the helper beside this file, under every import mode of pytest
+from points import Points  # noqa: E402
 
 
 MakeModel = Callable[..., EBTForCausalLM]
@@ -496,22 +502,6 @@ def test_training_thinks_as_the_config_says(make_model: MakeModel) -> None:
 
 
 # ------------------------------------------------------------------------------ the pure function, away from any model
-
-
-class Points:
-    """The plainest candidate space: states are points, and the energy sees them as they are."""
-
-    def point(self, state: Tensor) -> Tensor:
-        """The state."""
-        return state
-
-    def embed(self, point: Tensor) -> Tensor:
-        """The state."""
-        return point
-
-    def update(self, state: Tensor, point: Tensor, gradient: Tensor, step_size: Tensor | float) -> Tensor:
-        """Plain gradient descent."""
-        return state - step_size * gradient
 
 
 def bowl(point: Tensor, landscape: int) -> Tensor:

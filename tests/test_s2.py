@@ -30,6 +30,7 @@ from ebt_transformers.training.replay_buffer import REPLAYED, ReplayBuffer
 
 sys.path.append(str(Path(__file__).parent))  # the helper beside this file, under every import mode of pytest
 import parity_cases as parity  # noqa: E402
+from interruption import StopAt  # noqa: E402
 
 
 VOCAB, LENGTH = 23, 6
@@ -377,15 +378,6 @@ def test_evaluation_leaves_training_and_its_buffer_alone(tmp_path):
     assert len([entry for entry in evaluated.state.log_history if "eval_loss" in entry]) == 4
     assert held.stored == same.stored and same_rows(held.buffer, same.buffer)
     assert difference(quiet.model, evaluated.model) == 0
-
-
-class StopAt(TrainerCallback):
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_step_end(self, args, state, control, **kwargs):
-        control.should_training_stop = state.global_step >= self.step
-        return control
 
 
 def same_rows(first: ReplayBuffer, second: ReplayBuffer) -> bool:

@@ -24,6 +24,10 @@ from ebt_transformers import EBTConfig, EBTForCausalLM, transformer_pp_config
 from ebt_transformers.training import EBTTrainer, EBTTrainingArguments, find_last_checkpoint, run_clm
 
 
+sys.path.append(str(Path(__file__).parent))  # the helper beside this file, under every import mode of pytest
+from interruption import StopAt  # noqa: E402
+
+
 VOCAB = 40
 LENGTH = 12
 TINY = {
@@ -323,15 +327,6 @@ def test_training_lowers_the_loss(tmp_path):
 
 
 # ---- interruption ----------------------------------------------------------------------------------------------
-
-
-class StopAt(TrainerCallback):
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_step_end(self, args, state, control, **kwargs):
-        control.should_training_stop = state.global_step >= self.step
-        return control
 
 
 def test_interrupted_and_resumed_equals_uninterrupted(tmp_path):

@@ -37,6 +37,10 @@ from ebt_transformers.training.images import (
 from ebt_transformers.training.quality import image_psnr
 
 
+sys.path.append(str(Path(__file__).parent))  # the helper beside this file, under every import mode of pytest
+from interruption import StopAt  # noqa: E402
+
+
 diffusers = pytest.importorskip("diffusers")
 
 SIDE = 8
@@ -115,15 +119,6 @@ def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 def largest_difference(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> float:
     return max((first[name] - second[name]).abs().max().item() for name in first)
-
-
-class StopAt(TrainerCallback):
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_step_end(self, args, state, control, **kwargs):
-        control.should_training_stop = state.global_step >= self.step
-        return control
 
 
 # ---- data ------------------------------------------------------------------------------------------------------

@@ -40,6 +40,10 @@ from ebt_transformers.training.ema import EMACallback  # noqa: E402
 from ebt_transformers.training.model_card import is_image_model  # noqa: E402
 
 
+sys.path.append(str(Path(__file__).parent))  # the helper beside this file, under every import mode of pytest
+from interruption import StopAt  # noqa: E402
+
+
 KINDS = ("text", "image")
 
 
@@ -64,15 +68,6 @@ def new_adapter(kind: str, base: Path, **options: Any) -> PeftModel:
 
 def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-
-
-class StopAt(TrainerCallback):
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_step_end(self, args, state, control, **kwargs):
-        control.should_training_stop = state.global_step >= self.step
-        return control
 
 
 # ---- the trainer -----------------------------------------------------------------------------------------------
