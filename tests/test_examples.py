@@ -57,11 +57,13 @@ def test_notebooks_run_and_print_what_they_hold(path: Path, tmp_path: Path, subp
 
 
 def _outputs(cell: dict) -> list[str]:
-    shown = []
+    """What a reader sees under a cell: all it printed as one text, then its pictures and values in order."""
+    printed, shown = "", []
     for output in cell.get("outputs", []):
-        if output.get("name") == "stderr":
-            continue
-        text = output.get("text") or output["data"].get("image/png", output["data"].get("text/plain", ""))
-        # digits far behind the point depend on the processor
-        shown.append("picture" if "image/png" in output.get("data", {}) else re.sub(r"(\.\d)\d+", r"\1", text).strip())
-    return shown
+        if output.get("output_type") == "stream":
+            # how many pieces a kernel sends its prints in depends on the moment
+            printed += output["text"] if output["name"] == "stdout" else ""
+        else:
+            shown.append("picture" if "image/png" in output["data"] else output["data"].get("text/plain", ""))
+    # digits far behind the point depend on the processor
+    return [re.sub(r"(\.\d)\d+", r"\1", text).strip() for text in (printed, *shown)]
