@@ -71,6 +71,11 @@ class EBTBaseConfig(PreTrainedConfig):
         if steps is not None and (len(steps) != 2 or not 1 <= steps[0] <= steps[1]):
             raise ValueError(f"`random_steps` must be the fewest and the most steps, such as [2, 3], got {steps}.")
         self.default_thinking()  # raises for bad thinking defaults
+        if self.thinking_steps == 0 and not self.starts_at_prediction:
+            raise ValueError(
+                "`thinking_steps` must be at least 1, got 0: without a step this model predicts nothing. Only one with "
+                "`candidate_init='proposal'` does."
+            )
 
     def check_at_least_one(self, *names: str) -> None:
         """Raises for a count below 1."""
@@ -92,6 +97,11 @@ class EBTBaseConfig(PreTrainedConfig):
     @property
     def starts_at_random(self) -> bool:
         """Whether training starts the descent at a random place."""
+        return False
+
+    @property
+    def starts_at_prediction(self) -> bool:
+        """Whether the descent starts at a prediction of its own, so that no thinking at all predicts something."""
         return False
 
     @property

@@ -14,7 +14,7 @@ from .thinking_ebt import ThinkingConfig
 STEP_CONDITIONINGS = ("none", "time_embed", "adaln", "adaln_zero")
 CANDIDATE_EMBEDDINGS = ("linear", "shared")
 CANDIDATE_ANCHORS = ("none", "token")
-CANDIDATE_INITS = ("normal", "zeros")
+CANDIDATE_INITS = ("normal", "zeros", "proposal")
 UPDATES = ("replace", "residual")
 
 
@@ -56,8 +56,14 @@ class EBTConfig(EBTBaseConfig):
             context by attention alone (the paper). `"token"`: the embedding of the context token there is added, as in
             an ordinary transformer; not in the paper, and learns much faster (`docs/results/anchor.md`).
         candidate_init (`str`, *optional*, defaults to `"normal"`):
-            Start of a candidate in training: `"normal"` random logits, or `"zeros"`. Evaluation starts at zero logits.
-        candidate_init_std (`float`, *optional*, defaults to 1.0): Spread of the `"normal"` start.
+            Start of a candidate in training: `"normal"` random logits, or `"zeros"`; evaluation then starts at zero
+            logits. `"proposal"`: candidates start at what the context stream itself predicts, in evaluation too (its
+            last hidden states times the candidate table; no further parameters). Not in the paper: the model is then
+            its own Transformer++ twin at `thinking_steps=0`, and thinking refines that (`docs/results/thinking.md`).
+        candidate_init_std (`float`, *optional*, defaults to 1.0):
+            Spread of the `"normal"` start, and of the starts of several candidates in evaluation.
+        proposal_loss_weight (`float`, *optional*, defaults to 1.0):
+            With `"proposal"`: weight of the proposal's own cross-entropy, added to the objective in training.
         step_size (`float`, *optional*, defaults to 500.0): Initial step size [alpha]; published values are 5 to 500.
         learn_step_size (`bool`, *optional*, defaults to `True`): Whether the step size is trained.
         update (`str`, *optional*, defaults to `"replace"`):
@@ -105,6 +111,7 @@ class EBTConfig(EBTBaseConfig):
         "steps_taken",
         "steps_spent",
         "step_losses",
+        "proposal_loss",
         "mean_energies",
         "hidden_states",
         "attentions",
@@ -129,6 +136,7 @@ class EBTConfig(EBTBaseConfig):
     candidate_anchor: str = "none"
     candidate_init: str = "normal"
     candidate_init_std: float | int = 1.0
+    proposal_loss_weight: float | int = 1.0
     thinking_kl_tolerance: float | int | None = None
     step_size: float | int = 500.0
     update: str = "replace"
@@ -159,6 +167,7 @@ class EBTConfig(EBTBaseConfig):
         self.check_choice("candidate_init", CANDIDATE_INITS)
         self.check_choice("update", UPDATES)
         self.check_finite("candidate_init_std")
+        self.check_finite("proposal_loss_weight")
         if self.head_dim is None:
             raise ValueError(
                 f"`hidden_size` ({self.hidden_size}) must be a multiple of `num_attention_heads` "
@@ -189,6 +198,11 @@ class EBTConfig(EBTBaseConfig):
     def starts_at_random(self) -> bool:
         """Whether training starts the descent at a random place."""
         return self.candidate_init == "normal"
+
+    @property
+    def starts_at_prediction(self) -> bool:
+        """Whether the descent starts at a prediction of its own, so that no thinking at all predicts something."""
+        return self.candidate_init == "proposal"
 
     def default_thinking(self) -> ThinkingConfig:
         """The thinking a call gets when it says nothing."""

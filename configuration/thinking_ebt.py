@@ -33,7 +33,8 @@ class ThinkingConfig:
     Args:
         steps (`int`, *optional*, at least 1):
             Gradient steps on the energy for each prediction [N in Alg. 1]. Step `i` moves on landscape `i`; steps
-            beyond the number of landscapes repeat the last one. (`num_landscapes`)
+            beyond the number of landscapes repeat the last one. 0 is the start itself, for models that start at a
+            prediction of their own (`candidate_init="proposal"`). (`num_landscapes`)
         candidates (`int`, *optional*, at least 1):
             Starts descended side by side; the best by `selection` is kept per position [M in Alg. 2]. (1)
         selection (`str`, *optional*):
@@ -109,12 +110,15 @@ class ThinkingConfig:
     landscapes: list[int] | None = None
 
     def __post_init__(self) -> None:
-        for name in ("steps", "candidates", "prune_keep", "prune_after"):
+        for name in ("candidates", "prune_keep", "prune_after"):
             value = getattr(self, name)
             if value is not None and (not _is_integer(value) or value < 1):
                 _fail(name, value, "an integer of at least 1", "Leave it out for the checkpoint's default.")
-        if self.budget is not None and (not _is_integer(self.budget) or self.budget < 0):
-            _fail("budget", self.budget, "an integer of at least 0", "0 means no budget.")
+        hints = {"steps": "Leave it out for the checkpoint's default.", "budget": "0 means no budget."}
+        for name, hint in hints.items():
+            value = getattr(self, name)
+            if value is not None and (not _is_integer(value) or value < 0):
+                _fail(name, value, "an integer of at least 0", hint)
         if self.selection is not None and self.selection not in SELECTIONS:
             _fail("selection", self.selection, f"one of {', '.join(SELECTIONS)}")
         if self.init is not None and self.init not in INITS:

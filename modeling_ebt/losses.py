@@ -64,6 +64,8 @@ class TextStepLosses(StepLosses):
         self, model: PreTrainedModel, labels: Tensor | None, loss_on_steps: str, kwargs: dict[str, Any]
     ) -> None:
         super().__init__(loss_on_steps)
+        self.proposal: Tensor | None = None
+        self.proposal_weight = 0.0
         self.model = model
         self.labels = labels
         reduction = kwargs.get("loss_reduction") or "mean"
@@ -82,6 +84,17 @@ class TextStepLosses(StepLosses):
             targets = self.targets().to(state.device)
             return F.cross_entropy(state.float().flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
         return self.model.loss_function(logits=state, labels=self.labels, vocab_size=state.shape[-1], **self.kwargs)
+
+    def record_proposal(self, state: Tensor, weight: float) -> None:
+        """Takes the loss of the logits (B, T, V) the descent starts from; it counts this much in the objective."""
+        self.proposal, self.proposal_weight = self(state), weight
+
+    def objective(self) -> Tensor:
+        """What training minimises: that of the steps, and the proposal's own loss."""
+        if self.proposal is None:
+            return super().objective()
+        own = self.proposal_weight * self.proposal
+        return own + super().objective() if self.losses else own
 
     def targets(self) -> Tensor:
         """The token that every position should predict, (B, T), or -100."""

@@ -154,8 +154,8 @@ class EBTForCausalLM(EBTTokenScoresMixin, EBTGenerationMixin, EBTPreTrainedModel
             use_cache=use_cache and not (self.training and labels is not None),
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
-            num_landscapes=max(resolved.landscapes) + 1,
-            need_hidden=False,
+            num_landscapes=max(resolved.landscapes, default=0) + 1,
+            need_hidden=self.config.starts_at_prediction,
         )
         context = outputs.context
         budget = None
@@ -171,7 +171,8 @@ class EBTForCausalLM(EBTTokenScoresMixin, EBTGenerationMixin, EBTPreTrainedModel
             keep = slice(None)
         context = context.keep(keep)
         batch = context.batch_size
-        state = self._initial_state(batch, context, resolved, initial_candidate)
+        proposal = self._proposal(context)
+        state = self._initial_state(batch, context, resolved, initial_candidate, proposal)
         step_size = self.step_size()
         if self.training:
             step_size = random_step_sizes(self.config, step_size, (batch, state.shape[2], 1))
@@ -181,6 +182,8 @@ class EBTForCausalLM(EBTTokenScoresMixin, EBTGenerationMixin, EBTPreTrainedModel
         if targets is not None:
             check_labels(targets, (batch, state.shape[2]), state.shape[-1])
             losses = TextStepLosses(self, labels, self.config.loss_on_steps, kwargs)
+            if proposal is not None:
+                losses.record_proposal(proposal, float(self.config.proposal_loss_weight))
         single = state.shape[1] == 1
         states: list[Tensor] = [state.flatten(1, 2)] if output_trajectory else []
 
@@ -195,7 +198,7 @@ class EBTForCausalLM(EBTTokenScoresMixin, EBTGenerationMixin, EBTPreTrainedModel
         result = self._think(
             state, context, schedule, resolved, budget, bool(output_energies), on_step if watched else None
         )
-        if not self.training:
+        if not self.training and schedule:
             check_energies(result.energies[-1], schedule[-1].step_size)
         chosen = choose_candidate(result, resolved.selection, state.shape[1])
         logits = pick_candidate(result.state, chosen)
@@ -209,7 +212,8 @@ class EBTForCausalLM(EBTTokenScoresMixin, EBTGenerationMixin, EBTPreTrainedModel
             steps_taken=pick_candidate(result.steps_taken, chosen),
             steps_spent=None if budget is None else budget.share(result.steps_tried, state.shape[1])[1],
             step_losses=None if losses is None else losses.stacked(),
-            mean_energies=_mean_energies(result, len(schedule), losses) if self.training else None,
+            proposal_loss=None if losses is None or losses.proposal is None else losses.proposal.detach(),
+            mean_energies=_mean_energies(result, len(schedule), losses) if self.training and schedule else None,
             trajectory=pick_candidate(torch.stack(states, dim=2), chosen) if output_trajectory else None,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
@@ -299,7 +303,16 @@ class EBTForCausalLM(EBTTokenScoresMixin, EBTGenerationMixin, EBTPreTrainedModel
         weight = layer.weight
         return layer(torch.eye(weight.shape[1], dtype=weight.dtype, device=weight.device)).t()
 
-    def _initial_state(self, batch: int, context: EBTContext, thinking: Thinking, given: Tensor | None) -> Tensor:
+    def _proposal(self, context: EBTContext) -> Tensor | None:
+        """What the context stream itself predicts, logits (B, T, V) in float32; None if nothing starts there."""
+        if context.predictors is None:
+            return None
+        table = self._candidate_table()
+        return nn.functional.linear(context.predictors.to(table.dtype), table).float()
+
+    def _initial_state(
+        self, batch: int, context: EBTContext, thinking: Thinking, given: Tensor | None, proposal: Tensor | None
+    ) -> Tensor:
         """Initial logits (B, M, T, V) in float32."""
         vocab, device = self.candidate_embedding.weight.shape[0], self.candidate_embedding.weight.device
         shape = (batch, thinking.candidates, context.position_ids.shape[1], vocab)
@@ -307,9 +320,9 @@ class EBTForCausalLM(EBTTokenScoresMixin, EBTGenerationMixin, EBTPreTrainedModel
             return given_start(given, shape, "rows, candidates, positions, vocabulary", self.training).to(device)
         std = float(self.config.candidate_init_std)
         if self.training:
-            return training_start(thinking.init != "mean", std, shape, device)
-        starts = random_offsets(thinking, (shape[1], vocab), std, device)
-        return starts[None, :, None].expand(shape)
+            return training_start(thinking.init != "mean", std, shape, device) if proposal is None else proposal[:, None]
+        starts = random_offsets(thinking, (shape[1], vocab), std, device)[None, :, None]
+        return starts.expand(shape) if proposal is None else starts + proposal[:, None]
 
     def _think(
         self,
@@ -323,6 +336,8 @@ class EBTForCausalLM(EBTTokenScoresMixin, EBTGenerationMixin, EBTPreTrainedModel
     ) -> DescentOutput:
         """Descends all candidates of all positions at once; states are (B, N, V), candidate-major."""
         candidates = state.shape[1]
+        if not schedule:
+            return self._unmoved(state, context, output_energies or candidates > 1)
         context = context.repeat_candidates(candidates)
         learning = self.training and torch.is_grad_enabled()
 
@@ -368,6 +383,18 @@ class EBTForCausalLM(EBTTokenScoresMixin, EBTGenerationMixin, EBTPreTrainedModel
                 wanted = walk(None).steps_tried
             limits = budget.share(wanted, candidates)[0].repeat(1, candidates)
         return walk(limits, final_energy=output_energies or candidates > 1, on_step=on_step)
+
+    def _unmoved(self, state: Tensor, context: EBTContext, with_energies: bool) -> DescentOutput:
+        """The end of a descent without steps: its start, with the energies on the first landscape if asked for."""
+        states, energies = state.flatten(1, 2), []
+        if with_energies:
+            with torch.no_grad():
+                space = TextCandidates(self._candidate_table())
+                embedded = space.embed(space.point(states))
+                context = context.repeat_candidates(state.shape[1])
+                energies = [self.model(candidate_embeds=embedded, context=context, landscape=0).energies]
+        none = torch.zeros(states.shape[:2], dtype=torch.long, device=states.device)
+        return DescentOutput(states, energies, none, none)
 
     @staticmethod
     def create_masks_for_generate(attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:

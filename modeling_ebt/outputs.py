@@ -18,6 +18,8 @@ class EBTContext:
         mask (`Tensor` of shape `(B or 1, 1, S, C)`): True where the candidate of new token `s` may look.
         position_ids (`Tensor` of shape `(B or 1, S)`): rotary positions of the candidates.
         anchors (`Tensor` of shape `(B, S, D)`, *optional*): token embeddings added to the candidates.
+        predictors (`Tensor` of shape `(B, S, D)`, *optional*): normed hidden states of the first landscape, from which
+            the descent's start is predicted (`candidate_init="proposal"`).
     """
 
     keys: list[torch.Tensor]
@@ -25,6 +27,7 @@ class EBTContext:
     mask: torch.Tensor
     position_ids: torch.Tensor
     anchors: torch.Tensor | None = None
+    predictors: torch.Tensor | None = None
 
     @property
     def batch_size(self) -> int:
@@ -39,7 +42,9 @@ class EBTContext:
     def keep(self, positions: torch.Tensor | slice) -> "EBTContext":
         """The same context with candidates at some of the new positions only."""
         anchors = None if self.anchors is None else self.anchors[:, positions]
-        return EBTContext(self.keys, self.values, self.mask[:, :, positions], self.position_ids[:, positions], anchors)
+        predictors = None if self.predictors is None else self.predictors[:, positions]
+        mask, position_ids = self.mask[:, :, positions], self.position_ids[:, positions]
+        return EBTContext(self.keys, self.values, mask, position_ids, anchors, predictors)
 
     def repeat_candidates(self, count: int) -> "EBTContext":
         """The same context with `count` candidates at every position, candidate-major; keys are shared, not copied."""
@@ -109,6 +114,9 @@ class EBTCausalLMOutputWithPast(ModelOutput):
             With `thinking_budget`: steps of it that each text has used up to and with this position.
         step_losses (`torch.FloatTensor` of shape `(K,)`, *optional*):
             Cross-entropy after each step, with labels; `(K, B, T)` with `loss_reduction="none"`.
+        proposal_loss (`torch.FloatTensor` of shape `()`, *optional*):
+            Cross-entropy before the first step, with labels and `candidate_init="proposal"`; `(B, T)` with
+            `loss_reduction="none"`.
         mean_energies (`torch.FloatTensor` of shape `(K,)`, *optional*): mean energy before each step, in training
             mode.
         past_key_values (`Cache`, *optional*): keys and values of the context, the landscapes side by side as heads.
@@ -125,6 +133,7 @@ class EBTCausalLMOutputWithPast(ModelOutput):
     steps_taken: torch.Tensor | None = None
     steps_spent: torch.Tensor | None = None
     step_losses: torch.Tensor | None = None
+    proposal_loss: torch.Tensor | None = None
     mean_energies: torch.Tensor | None = None
     past_key_values: Cache | None = None
     hidden_states: tuple[torch.Tensor, ...] | None = None

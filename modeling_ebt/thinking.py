@@ -82,8 +82,16 @@ def resolve_thinking(
     wanted = called.merged_over(defaults)
 
     last = config.num_landscapes - 1
-    landscapes = wanted.landscapes or [min(index, last) for index in range(wanted.steps or config.num_landscapes)]
-    if max(landscapes) > last:
+    landscapes = wanted.landscapes
+    if landscapes is None:
+        count = config.num_landscapes if wanted.steps is None else wanted.steps
+        landscapes = [min(index, last) for index in range(count)]
+    if not landscapes and not config.starts_at_prediction:
+        raise ValueError(
+            "`thinking_steps` must be at least 1 for this model, got 0: it starts from nothing, and without a step it "
+            "predicts nothing. Only a model with `candidate_init='proposal'` does."
+        )
+    if max(landscapes, default=0) > last:
         raise ValueError(f"`thinking_landscapes` must be between 0 and {last} for this model, got {landscapes}.")
     steps = len(landscapes)
     scale = wanted.step_size_scale
@@ -98,7 +106,7 @@ def resolve_thinking(
     return Thinking(
         landscapes=list(landscapes),
         scales=scales,
-        noises=[noise] + [0.0 if wanted.noise_first_step_only else noise] * (steps - 1),
+        noises=([noise] + [0.0 if wanted.noise_first_step_only else noise] * (steps - 1))[:steps],
         step_size=None if wanted.step_size is None else float(wanted.step_size),
         candidates=wanted.candidates or 1,
         selection=wanted.selection or "min_energy",

@@ -264,9 +264,13 @@ class EBTModel(EBTPreTrainedModel):
             if output_attentions and weights is not None:
                 all_weights.append(reported(weights, 2))
 
-        last = None
+        last = predictors = None
         if need_hidden:
             last = self.norm(reported(hidden, 1))
+            if self.config.starts_at_prediction:
+                # of the first landscape, so that the start does not depend on how many steps follow
+                first = hidden.unflatten(0, (batch, num_landscapes))[:, 0, steps:]
+                predictors = last if num_landscapes == 1 else self.norm(first)
             if output_hidden_states:
                 all_hidden.append(last)
         return EBTModelOutputWithPast(
@@ -280,6 +284,7 @@ class EBTModel(EBTPreTrainedModel):
                 candidate_mask,
                 position_ids + 1 + steps,
                 anchors=inputs_embeds if self.config.candidate_anchor == "token" else None,
+                predictors=predictors,
             ),
         )
 

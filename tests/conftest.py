@@ -118,6 +118,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "candidate_embedding": "shared",
         "candidate_anchor": "token",
     },
+    "time_embed-linear-residual-proposal": {"candidate_init": "proposal", "update": "residual"},
 }
 
 

@@ -28,6 +28,7 @@ UNUSUAL: dict[str, Any] = {
     "candidate_anchor": "token",
     "candidate_init": "zeros",
     "candidate_init_std": 0.5,
+    "proposal_loss_weight": 0.5,
     "step_size": 7,
     "learn_step_size": False,
     "update": "residual",
@@ -107,7 +108,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"step_conditioning": "film"}, "step_conditioning.*none, time_embed, adaln, adaln_zero.*'film'"),
     ({"candidate_embedding": "mlp"}, "candidate_embedding.*linear, shared.*'mlp'"),
     ({"candidate_anchor": "position"}, "candidate_anchor.*none, token.*'position'"),
-    ({"candidate_init": "ones"}, "candidate_init.*normal, zeros.*'ones'"),
+    ({"candidate_init": "ones"}, "candidate_init.*normal, zeros, proposal.*'ones'"),
     ({"update": "add"}, "update.*replace, residual.*'add'"),
     ({"loss_on_steps": "first"}, "loss_on_steps.*all, last.*'first'"),
     ({"hidden_size": 30, "num_attention_heads": 4}, "hidden_size.*30.*num_attention_heads.*4"),
@@ -117,6 +118,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"tie_word_embeddings": True}, "tie_word_embeddings=True.*candidate_embedding='linear'"),
     ({"step_size": 0}, "step_size.*above 0.*got 0"),
     ({"step_size": float("nan")}, "step_size.*finite.*nan"),
+    ({"proposal_loss_weight": -1.0}, "proposal_loss_weight.*at least 0.*-1.0"),
     ({"candidate_init_std": -1.0}, "candidate_init_std.*at least 0.*-1.0"),
     ({"thinking_steps": 0}, "thinking_steps.*at least 1.*got 0"),
     ({"thinking_candidates": 0}, "thinking_candidates.*at least 1.*got 0"),
@@ -157,7 +159,7 @@ def test_an_unknown_recipe_raises_listing_the_known() -> None:
 # ------------------------------------------------------------------------------------------------------ ThinkingConfig
 
 BAD_THINKING: list[tuple[dict[str, Any], str]] = [
-    ({"steps": 0}, "thinking_steps.*at least 1.*got 0"),
+    ({"steps": -1}, "thinking_steps.*at least 0.*got -1"),
     ({"steps": 2.0}, "thinking_steps.*integer.*2.0"),
     ({"steps": True}, "thinking_steps.*integer.*True"),
     ({"candidates": -1}, "thinking_candidates.*-1"),

@@ -50,13 +50,10 @@ def naive_rotate(heads: Tensor) -> Tensor:
     return heads * angles.cos() + turned * angles.sin()
 
 
-def naive_energy(model: EBTForCausalLM, context: Tensor, candidate: Tensor, landscape: int) -> Tensor:
-    """One energy: a plain causal transformer over context tokens (S,) and one embedded candidate (D,) behind them."""
+def naive_hidden(model: EBTForCausalLM, hidden: Tensor, landscape: int) -> Tensor:
+    """Normed last hidden state of a plain causal transformer over embedded tokens (L, D)."""
     body, config = model.model, model.config
-    if config.candidate_anchor == "token":
-        candidate = candidate + body.embed_tokens.weight[context[-1]]
     condition, adaptive = None, config.step_conditioning in ("adaln", "adaln_zero")
-    hidden = torch.cat([body.embed_tokens.weight[context], candidate[None]])
     if config.step_conditioning == "time_embed":
         hidden = torch.cat([body.step_embeddings.weight[landscape][None], hidden])
     elif adaptive:
@@ -88,7 +85,22 @@ def naive_energy(model: EBTForCausalLM, context: Tensor, candidate: Tensor, land
         head = torch.nn.functional.linear(condition, body.final_modulation.weight, body.final_modulation.bias)
         shift, scale = head.chunk(2)
         last = last * (1 + scale) + shift
-    return last @ body.energy_head.weight[0]
+    return last
+
+
+def naive_energy(model: EBTForCausalLM, context: Tensor, candidate: Tensor, landscape: int) -> Tensor:
+    """One energy, of context tokens (S,) and one embedded candidate (D,) behind them."""
+    embedded = model.model.embed_tokens.weight[context]
+    if model.config.candidate_anchor == "token":
+        candidate = candidate + embedded[-1]
+    return naive_hidden(model, torch.cat([embedded, candidate[None]]), landscape) @ model.model.energy_head.weight[0]
+
+
+def naive_proposal(model: EBTForCausalLM, ids: Tensor) -> Tensor:
+    """What tokens (B, S) predict without a candidate, logits (B, S, V)."""
+    embedded = model.model.embed_tokens.weight[ids]
+    rows = [torch.stack([naive_hidden(model, row[: s + 1], 0) for s in range(len(row))]) for row in embedded]
+    return torch.stack(rows) @ model.candidate_embedding.weight.T
 
 
 def naive_descent(
@@ -137,11 +149,16 @@ def test_training_gradients_are_those_of_the_naive_descent(
     naive, ids, start = copy.deepcopy(any_model), tokens(2, 4), starts(2, 4, 41)
     landscapes = [0, any_model.config.num_landscapes - 1]
 
-    loss = any_model.train()(input_ids=ids, labels=ids, initial_candidate=start).loss
+    proposes = any_model.config.candidate_init == "proposal"
+    proposal = naive_proposal(naive, ids) if proposes else None
+    given = {} if proposes else {"initial_candidate": start}
+    loss = any_model.train()(input_ids=ids, labels=ids, **given).loss
     loss.backward()
-    states, _ = naive_descent(naive, ids, start, landscapes, detach, loss_on_steps)
+    states, _ = naive_descent(naive, ids, start if proposal is None else proposal, landscapes, detach, loss_on_steps)
     losses = [torch.nn.functional.cross_entropy(s[:, :-1].flatten(0, 1), ids[:, 1:].flatten()) for s in states]
     expected = sum(losses) / len(losses) if loss_on_steps == "all" else losses[-1]
+    if proposal is not None:
+        expected = expected + torch.nn.functional.cross_entropy(proposal[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
     expected.backward()
 
     assert_close(loss, expected, **CLOSE)
@@ -174,12 +191,16 @@ def test_reported_energies_are_those_of_the_states_before_each_step_and_after_th
     assert_close(reported.logits, states[-1], rtol=0, atol=0)
 
 
-def test_the_first_energy_of_a_default_start_is_that_of_the_uniform_distribution(any_model: EBTForCausalLM) -> None:
+def test_a_default_start_is_the_uniform_distribution_or_the_proposal(any_model: EBTForCausalLM) -> None:
     ids = tokens(2, 4)
     with torch.no_grad():
-        reported = any_model(input_ids=ids, output_energies=True).energies[..., 0]
-        uniform = any_model.energy(ids, candidate_probs=torch.full((2, 4, 41), 1 / 41), landscape=0)
-    assert_close(reported, uniform, **CLOSE)
+        output = any_model(input_ids=ids, output_energies=True, output_trajectory=True)
+        start = torch.zeros(2, 4, 41)
+        if any_model.config.candidate_init == "proposal":
+            start = naive_proposal(any_model, ids)
+        expected = any_model.energy(ids, candidate_probs=start.softmax(-1), landscape=0)
+    assert_close(output.trajectory[:, :, 0], start, **CLOSE)
+    assert_close(output.energies[..., 0], expected, **CLOSE)
 
 
 def test_asking_for_energies_changes_no_result(any_model: EBTForCausalLM) -> None:
@@ -309,8 +330,9 @@ def test_a_row_stops_at_the_first_state_with_the_target_energy(any_model: EBTFor
             taken = batch.steps_taken == steps
             fixed = any_model(input_ids=ids, **{**options, "thinking_steps": steps})
             assert_close(batch.logits[taken], fixed.logits[taken], rtol=0, atol=1e-5)
-        untouched = any_model(input_ids=ids, thinking_target_energy=1e9, **options)
-    assert (untouched.steps_taken == 0).all() and (untouched.logits == 0).all()
+        untouched = any_model(input_ids=ids, thinking_target_energy=1e9, output_trajectory=True, **options)
+    assert (untouched.steps_taken == 0).all()
+    assert torch.equal(untouched.logits, untouched.trajectory[:, :, 0])
     # the last one is judged on the last landscape
     assert_close(untouched.energies[..., :-1], free[..., :1].expand(-1, -1, 6), **CLOSE)
 

@@ -425,7 +425,7 @@ def test_the_trajectory_is_that_of_fewer_steps_and_has_the_reported_energies(any
             assert_close(output.energies[..., index], expected, **CLOSE)
         assert any_model(ids).trajectory is None
     assert torch.equal(output.trajectory[:, :, -1], output.logits)
-    assert not output.trajectory[:, :, 0].any()
+    assert output.trajectory[:, :, 0].any() == any_model.config.starts_at_prediction
 
 
 def test_the_trajectory_is_that_of_the_chosen_candidate(any_model: EBTForCausalLM) -> None:

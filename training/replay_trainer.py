@@ -25,6 +25,11 @@ def check_replay(model: nn.Module, args: TrainingArguments) -> None:
             f"`replay_buffer_size={size}` is for energy-based models of text, and {type(model).__name__} is none. Set "
             "it to 0."
         )
+    if size and getattr(getattr(model, "config", None), "starts_at_prediction", False):
+        raise ValueError(
+            f"`replay_buffer_size={size}` starts rows where an earlier descent of theirs ended, but this model starts "
+            "at its own proposal (`candidate_init='proposal'`). Set it to 0."
+        )
 
 
 class ReplayTrainer(Trainer):

@@ -58,6 +58,7 @@ EBT_ONLY = (
     "candidate_embedding",
     "candidate_anchor",
     "candidate_init",
+    "proposal_loss_weight",
     "update",
     "random_step_size",
     "random_steps",
@@ -82,7 +83,7 @@ class ModelArguments:
     twin: bool = field(
         default=False,
         metadata={
-            "help": "Train the Transformer++ twin instead: a Llama model of the same shape, everything else equal."
+            "help": "Train the Transformer++ twin instead: a Llama model of the same shape and start, everything else equal."
         },
     )
     config_overrides: str | None = field(
@@ -110,7 +111,11 @@ class ModelArguments:
         default=None, metadata={"help": "Added to candidates: none (the paper) or token (the last context token)."}
     )
     candidate_init: str | None = field(
-        default=None, metadata={"help": "Where candidates start in training: normal (random) or zeros."}
+        default=None,
+        metadata={"help": "Where candidates start: normal (random), zeros, or proposal (the context's own prediction)."},
+    )
+    proposal_loss_weight: float | None = field(
+        default=None, metadata={"help": "Weight of the proposal's own loss with --candidate_init proposal. Default: 1."}
     )
     update: str | None = field(
         default=None, metadata={"help": "replace (as the official code) or residual (keeps what earlier steps found)."}
@@ -192,6 +197,8 @@ def _build_model(model: ModelArguments, config: "PreTrainedConfig | None") -> "P
     import torch
     from transformers import AutoModelForCausalLM
 
+    from .llama_twin import initialize_as_ebt
+
     options: dict[str, Any] = {}
     if model.attn_implementation is not None:
         options["attn_implementation"] = model.attn_implementation
@@ -199,7 +206,10 @@ def _build_model(model: ModelArguments, config: "PreTrainedConfig | None") -> "P
         options["trust_remote_code"] = model.trust_remote_code
         # full precision weights: mixed precision is the Trainer's --bf16 and --fp16
         return AutoModelForCausalLM.from_pretrained(model.model_name_or_path, dtype=torch.float32, **options)
-    return AutoModelForCausalLM.from_config(config, dtype=torch.float32, **options)
+    built = AutoModelForCausalLM.from_config(config, dtype=torch.float32, **options)
+    if model.twin:
+        initialize_as_ebt(built)
+    return built
 
 
 def _load_tokenizer(model: ModelArguments, data: DataArguments) -> "PreTrainedTokenizerBase":

@@ -29,7 +29,7 @@ TRAINER_STATE = "trainer_state.json"
 WEIGHT_FILES = ("*.safetensors", "*.bin")
 OBJECTIVES = {"s1": "all", "s2": "last"}  # what a recipe scores: the config's `loss_on_steps`
 # outputs that are no predictions; configs of EBT models list them too, wrapped ones may not have a config
-NO_PREDICTIONS = ["past_key_values", "energies", "steps_taken", "step_losses", "mean_energies"]
+NO_PREDICTIONS = ["past_key_values", "energies", "steps_taken", "step_losses", "proposal_loss", "mean_energies"]
 
 
 def find_last_checkpoint(folder: str | Path) -> Path | None:
@@ -96,7 +96,8 @@ class EBTTrainer(ReplayTrainer):
     - **the replay buffer** of recipe s2 (`replay_buffer_size`), one in each process, saved with the checkpoints. The
       rows it adds to a batch count in the loss and in the logs.
     - **metrics** in every training log, averaged over all tokens (or images) since the last one, over accumulation and
-      processes: `initial_loss` and `final_loss` (after the first and the last thinking step), `energy_gap` (mean
+      processes: `initial_loss` and `final_loss` (after the first and the last thinking step; `proposal_loss` before
+      the first, for models that start at a proposal), `energy_gap` (mean
       energy before the first step minus before the last; positive when thinking lowers the energy) and `step_size`.
     - **evaluation** whose `eval_loss` is the mean over tokens, whatever the batches and processes, and
       `eval_perplexity`, its exponential. In evaluation the loss is that of the final prediction, so it compares with
@@ -332,7 +333,9 @@ class EBTTrainer(ReplayTrainer):
     def _note_training(self, outputs: Any, weight: torch.Tensor, to_mean: torch.Tensor) -> None:
         values: dict[str, torch.Tensor] = {}
         get = outputs.get if isinstance(outputs, Mapping) else lambda name: getattr(outputs, name, None)
-        losses, energies = get("step_losses"), get("mean_energies")
+        losses, energies, proposal = get("step_losses"), get("mean_energies"), get("proposal_loss")
+        if proposal is not None:
+            values["proposal_loss"] = proposal * to_mean
         if losses is not None:
             values["initial_loss"], values["final_loss"] = losses[0].detach() * to_mean, losses[-1].detach() * to_mean
         if energies is not None:
