@@ -73,8 +73,8 @@ class EBTBaseConfig(PreTrainedConfig):
         self.default_thinking()  # raises for bad thinking defaults
         if self.thinking_steps == 0 and not self.starts_at_prediction:
             raise ValueError(
-                "`thinking_steps` must be at least 1, got 0: without a step this model predicts nothing. Only one with "
-                "`candidate_init='proposal'` does."
+                "`thinking_steps` must be at least 1, got 0: without a step this model predicts nothing. Only a model "
+                "with `candidate_init='proposal'` does."
             )
 
     def check_at_least_one(self, *names: str) -> None:

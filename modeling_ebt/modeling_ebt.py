@@ -319,8 +319,10 @@ class EBTForCausalLM(EBTTokenScoresMixin, EBTGenerationMixin, EBTPreTrainedModel
         if given is not None:
             return given_start(given, shape, "rows, candidates, positions, vocabulary", self.training).to(device)
         std = float(self.config.candidate_init_std)
+        if self.training and proposal is not None:
+            return proposal[:, None]
         if self.training:
-            return training_start(thinking.init != "mean", std, shape, device) if proposal is None else proposal[:, None]
+            return training_start(thinking.init != "mean", std, shape, device)
         starts = random_offsets(thinking, (shape[1], vocab), std, device)[None, :, None]
         return starts.expand(shape) if proposal is None else starts + proposal[:, None]
 

@@ -83,7 +83,7 @@ class ModelArguments:
     twin: bool = field(
         default=False,
         metadata={
-            "help": "Train the Transformer++ twin instead: a Llama model of the same shape and start, everything else equal."
+            "help": "Train the Transformer++ twin instead: a Llama model, everything else equal (shape, start, data)."
         },
     )
     config_overrides: str | None = field(
@@ -112,10 +112,10 @@ class ModelArguments:
     )
     candidate_init: str | None = field(
         default=None,
-        metadata={"help": "Where candidates start: normal (random), zeros, or proposal (the context's own prediction)."},
+        metadata={"help": "Where candidates start: normal (random), zeros, or proposal (the context's prediction)."},
     )
     proposal_loss_weight: float | None = field(
-        default=None, metadata={"help": "Weight of the proposal's own loss with --candidate_init proposal. Default: 1."}
+        default=None, metadata={"help": "Weight of the loss of --candidate_init proposal itself. Default: 1."}
     )
     update: str | None = field(
         default=None, metadata={"help": "replace (as the official code) or residual (keeps what earlier steps found)."}
