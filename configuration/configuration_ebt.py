@@ -235,7 +235,8 @@ class EBTConfig(EBTBaseConfig):
 
         Args:
             name (`str`): `"4xs"`, `"3xs"`, `"xxs"`, `"xs"`, `"small"`, `"medium"`, `"large"` or `"xl"` (Table D.1).
-            recipe (`str`, *optional*, defaults to `"s1"`): `"s1"` or `"s2"` (paper C.2).
+            recipe (`str`, *optional*, defaults to `"s1"`): `"s1"` or `"s2"` (paper C.2), or `"proposal"` (not in the
+                paper: thinking starts at what the context stream predicts).
             overrides: any other field of the config, which wins.
 
         Raises:

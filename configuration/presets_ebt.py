@@ -58,9 +58,22 @@ RECIPES: dict[str, dict[str, Any]] = {
         "thinking_noise_std": 3.0,
         "thinking_steps": 3,
     },
+    # not in the paper: the context stream predicts by itself, and a few steps on one landscape refine that
+    "proposal": {
+        "candidate_init": "proposal",
+        "update": "residual",
+        "step_conditioning": "none",
+        "num_landscapes": 1,
+        "step_size": 1.0,
+        "learn_step_size": True,
+        "detach_between_steps": True,
+        "loss_on_steps": "all",
+        "random_steps": [1, 4],
+        "thinking_steps": 2,
+    },
 }
 
-# the same two for images: one landscape, one step in training, no noise (paper D.3 and the official job scripts)
+# s1 and s2 for images: one landscape, one step in training, no noise (paper D.3 and the official job scripts)
 IMAGE_RECIPES: dict[str, dict[str, Any]] = {
     "s1": {
         "num_landscapes": 1,
@@ -108,7 +121,7 @@ def recipe_fields(name: str) -> dict[str, Any]:
     Config fields of a training recipe for text.
 
     Args:
-        name (`str`): `"s1"` or `"s2"`.
+        name (`str`): `"s1"`, `"s2"` or `"proposal"`.
 
     Raises:
         ValueError: for an unknown name, listing the known ones.

@@ -51,6 +51,8 @@ class EBTPreTrainedModel(EBTBasePreTrainedModel):
         if zero and isinstance(module, (EBTModulation, EBTEnergyHead)):
             for parameter in module.parameters():
                 init.zeros_(parameter)
+        elif self.config.starts_at_prediction and isinstance(module, EBTEnergyHead):
+            init.zeros_(module.weight)  # thinking begins as leaving the proposal alone
         elif isinstance(module, EBTModulation):
             # adaln keeps torch's own initialisation of a linear layer, as the official code does
             for parameter in module.parameters():

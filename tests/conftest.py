@@ -128,8 +128,8 @@ def build_model(**overrides: Any) -> "EBTForCausalLM":
 
     torch.manual_seed(1)
     model = EBTForCausalLM(EBTConfig(**{**TINY, **overrides})).eval()
-    if model.config.step_conditioning == "adaln_zero":
-        # its own start is a flat energy: move away from it, as the first training steps do
+    if model.config.step_conditioning == "adaln_zero" or model.config.starts_at_prediction:
+        # their own start is a flat energy: move away from it, as the first training steps do
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if "modulation" in name or "energy_head" in name:

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoConfig
 
 from ebt_transformers import PRESETS, EBTForImageDenoising, EBTImageConfig
-from ebt_transformers.configuration import RECIPES
+from ebt_transformers.configuration.presets_ebt import IMAGE_RECIPES
 from ebt_transformers.configuration.noise_ebt import noise_scheduler
 
 
@@ -63,7 +63,7 @@ def test_the_defaults_are_the_papers_setting_at_its_smallest_size() -> None:
     assert config.grid == (8, 8) and config.default_thinking().steps == 1
 
 
-@pytest.mark.parametrize("recipe", list(RECIPES))
+@pytest.mark.parametrize("recipe", list(IMAGE_RECIPES))
 @pytest.mark.parametrize("name", list(PRESETS))
 def test_every_preset_is_a_model_of_the_paper(name: str, recipe: str) -> None:
     config = EBTImageConfig.from_preset(name, recipe)

@@ -9,7 +9,14 @@ from torch import Tensor
 from torch.testing import assert_close
 from transformers import LlamaForCausalLM
 
-from ebt_transformers import EBTConfig, EBTForCausalLM, EBTTrainer, EBTTrainingArguments, transformer_pp_config
+from ebt_transformers import (
+    EBTConfig,
+    EBTForCausalLM,
+    EBTImageTrainingArguments,
+    EBTTrainer,
+    EBTTrainingArguments,
+    transformer_pp_config,
+)
 
 
 MakeModel = Callable[..., EBTForCausalLM]
@@ -57,6 +64,16 @@ def test_without_thinking_the_model_is_its_twin(model: EBTForCausalLM) -> None:
 def test_the_model_has_the_parameters_of_its_twin_and_an_energy_head_more(model: EBTForCausalLM) -> None:
     more = sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in twin_of(model).parameters())
     assert more == model.config.hidden_size + 1  # the energy head, and the step size
+
+
+def test_a_new_model_leaves_the_proposal_alone_and_learns_not_to() -> None:
+    torch.manual_seed(0)
+    config = EBTConfig.from_preset("4xs", vocab_size=41, candidate_init="proposal", update="residual", step_size=1.0)
+    model, ids = EBTForCausalLM(config).train(), tokens(2, 6)
+    output = model(ids, labels=ids)
+    assert_close(output.step_losses, output.proposal_loss.expand(2))
+    output.loss.backward()
+    assert model.model.energy_head.weight.grad.any()
 
 
 def test_training_without_steps_is_training_the_twin(model: EBTForCausalLM) -> None:
@@ -128,6 +145,14 @@ def test_a_replay_buffer_is_refused(tmp_path: Path, make_model: MakeModel) -> No
     arguments = EBTTrainingArguments(str(tmp_path), replay_buffer_size=8, report_to="none", use_cpu=True)
     with pytest.raises(ValueError, match="replay_buffer_size=8.*candidate_init='proposal'"):
         EBTTrainer(make_model(candidate_init="proposal"), arguments, train_dataset=[])
+
+
+def test_the_recipe_is_for_models_that_start_at_a_proposal(tmp_path: Path, make_model: MakeModel) -> None:
+    arguments = EBTTrainingArguments(str(tmp_path), recipe="proposal", report_to="none", use_cpu=True)
+    with pytest.raises(ValueError, match="proposal needs a model.*candidate_init='normal'"):
+        EBTTrainer(make_model(), arguments, train_dataset=[])
+    with pytest.raises(ValueError, match="recipe.*s1, s2, got 'proposal'"):
+        EBTImageTrainingArguments(str(tmp_path), recipe="proposal")
 
 
 def test_only_models_that_start_at_a_proposal_can_skip_thinking(model: EBTForCausalLM, make_model: MakeModel) -> None:

@@ -532,6 +532,27 @@ def test_the_twin_trains_by_the_same_script(command):
     assert "thinking" not in (out / "README.md").read_text()
 
 
+def test_the_twin_starts_from_the_distributions_of_the_ebt(command):
+    twin = AutoModelForCausalLM.from_pretrained(command("--max_steps 1 --twin --learning_rate 1e-9"))
+    ebt = AutoModelForCausalLM.from_pretrained(command("--max_steps 1 --learning_rate 1e-9 --overwrite"))
+    theirs, mine = dict(twin.named_parameters()), dict(ebt.named_parameters())
+    shared = [name for name in set(theirs) & set(mine) if theirs[name].dim() == 2]
+    assert len(shared) == 1 + 7 * twin.config.num_hidden_layers
+    for name in shared:
+        assert float(theirs[name].detach().std()) == pytest.approx(float(mine[name].detach().std()), rel=0.25)
+    table = ebt.candidate_embedding.weight
+    assert float(twin.lm_head.weight.detach().std()) == pytest.approx(float(table.detach().std()), rel=0.25)
+
+
+def test_the_proposal_recipe_trains_by_the_same_script(command):
+    out = command("--max_steps 3 --recipe proposal --logging_steps 1")
+    config = AutoModelForCausalLM.from_pretrained(out).config
+    assert config.candidate_init == "proposal" and config.random_steps == [1, 4]
+    log = json.loads((out / "trainer_state.json").read_text())["log_history"][0]
+    assert log["loss"] > log["proposal_loss"] > 0
+    assert "**recipe**: proposal" in (out / "README.md").read_text()
+
+
 def test_the_embedded_text_is_the_default(tmp_path):
     argv = f"--output_dir {tmp_path / 'out'} --use_cpu --disable_tqdm true --block_size 16 --max_steps 1"
     limits = f"--max_train_samples 8 --max_eval_samples 2 --config_overrides {TINY_RUN}"

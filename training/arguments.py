@@ -7,7 +7,8 @@ import torch
 from transformers import TrainingArguments
 
 
-AVAILABLE_RECIPES = ("s1", "s2")
+AVAILABLE_RECIPES = ("s1", "s2", "proposal")
+AVAILABLE_IMAGE_RECIPES = ("s1", "s2")
 REPLAY_BUFFER_SIZE = 192  # the paper's in recipe s2: what fits on a GPU of 40 GB
 REPLAY_BUFFER_SHARE = 0.5
 REPLAY_BUFFER_MEMORY = 10.0  # GiB; the paper's buffer takes 9.2
@@ -48,7 +49,8 @@ class EBTTrainingArguments(TrainingArguments):
         recipe (`str`, *optional*, defaults to `"s1"`):
             How thinking is trained. `"s1"` scores the prediction after every step. `"s2"` scores the last one, and
             starts some rows where an earlier descent of theirs ended; noise, random step sizes and random numbers of
-            steps belong to the model's config (`EBTConfig.from_preset(..., recipe="s2")`).
+            steps belong to the model's config (`EBTConfig.from_preset(..., recipe="s2")`). `"proposal"` (text; not in
+            the paper) scores every step and the start, which the context stream predicts.
         replay_buffer_size (`int`, *optional*):
             Rows that each process keeps with the logits their descent ended at, to start from there again; 0 keeps
             none. `None` is the paper's: 192 in recipe s2 of text, 0 otherwise. Text only.
@@ -88,6 +90,7 @@ class EBTTrainingArguments(TrainingArguments):
 
     default_learning_rate: ClassVar[float] = DEFAULT_LEARNING_RATE
     can_replay: ClassVar[bool] = True
+    recipes: ClassVar[tuple[str, ...]] = AVAILABLE_RECIPES
 
     # redeclared parent options: other defaults, same meaning
     learning_rate: float | None = field(
@@ -112,7 +115,8 @@ class EBTTrainingArguments(TrainingArguments):
     recipe: str = field(
         default="s1",
         metadata={
-            "help": "How thinking is trained: s1 scores every step, s2 the last, from noisy and replayed starts."
+            "help": "How thinking is trained: s1 scores every step, s2 the last, from noisy and replayed starts, "
+            "proposal (not the paper's) also the start, which the context predicts."
         },
     )
     replay_buffer_size: int | None = field(
@@ -167,8 +171,8 @@ class EBTTrainingArguments(TrainingArguments):
             self.lr_scheduler_kwargs = options
 
     def _check_recipe(self) -> None:
-        if self.recipe not in AVAILABLE_RECIPES:
-            raise ValueError(f"`recipe` must be one of {', '.join(AVAILABLE_RECIPES)}, got {self.recipe!r}.")
+        if self.recipe not in self.recipes:
+            raise ValueError(f"`recipe` must be one of {', '.join(self.recipes)}, got {self.recipe!r}.")
 
     def _prepare_replay(self) -> None:
         if self.replay_buffer_size is None:
@@ -254,6 +258,7 @@ class EBTImageTrainingArguments(EBTTrainingArguments):
 
     default_learning_rate: ClassVar[float] = IMAGE_LEARNING_RATE
     can_replay: ClassVar[bool] = False
+    recipes: ClassVar[tuple[str, ...]] = AVAILABLE_IMAGE_RECIPES
 
     learning_rate: float | None = field(
         default=None, metadata={"help": "Base learning rate. Default: 1e-4, the paper's for images."}

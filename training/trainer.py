@@ -27,7 +27,7 @@ STEP_SIZE_NAME = re.compile(r"(?:^|\.)step_size\.(?:modules_to_save\.[^.]+\.)?va
 STEP_SIZE_LR_PER_STEP_SIZE = 3.0  # the paper's rule, p. 42
 TRAINER_STATE = "trainer_state.json"
 WEIGHT_FILES = ("*.safetensors", "*.bin")
-OBJECTIVES = {"s1": "all", "s2": "last"}  # what a recipe scores: the config's `loss_on_steps`
+OBJECTIVES = {"s1": "all", "s2": "last", "proposal": "all"}  # what a recipe scores: the config's `loss_on_steps`
 # outputs that are no predictions; configs of EBT models list them too, wrapped ones may not have a config
 NO_PREDICTIONS = ["past_key_values", "energies", "steps_taken", "step_losses", "proposal_loss", "mean_energies"]
 
@@ -172,6 +172,12 @@ class EBTTrainer(ReplayTrainer):
             raise ValueError(
                 f"Recipe {recipe} scores {scored}, but the model's config has `loss_on_steps={objective!r}`. Set it "
                 f"to {wanted!r}."
+            )
+        if recipe == "proposal" and not self.model.config.starts_at_prediction:
+            raise ValueError(
+                f"Recipe {recipe} needs a model whose candidates start at a proposal, but its config has "
+                f"`candidate_init={self.model.config.candidate_init!r}`. Make it with "
+                "`EBTConfig.from_preset(..., recipe='proposal')`."
             )
 
     @staticmethod
