@@ -9,8 +9,8 @@ import torch
 from transformers import AutoConfig
 
 from ebt_transformers import PRESETS, EBTForImageDenoising, EBTImageConfig
-from ebt_transformers.configuration.presets_ebt import IMAGE_RECIPES
 from ebt_transformers.configuration.noise_ebt import noise_scheduler
+from ebt_transformers.configuration.presets_ebt import IMAGE_RECIPES
 
 
 UNUSUAL: dict[str, Any] = {
