@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     )
     from .modeling_ebt.conversion_ebt import model_from_official, model_to_official
     from .modeling_ebt.image_processing_ebt import EBTImageProcessor
+    from .modeling_ebt.upcycling_ebt import ebt_from_llama
     from .pipelines import (
         EnergyScoringPipeline,
         ImageDenoisingPipeline,
@@ -53,6 +54,7 @@ _HOMES = {
     ),
     ".modeling_ebt.conversion_ebt": ("model_from_official", "model_to_official"),
     ".modeling_ebt.image_processing_ebt": ("EBTImageProcessor",),
+    ".modeling_ebt.upcycling_ebt": ("ebt_from_llama",),
     ".pipelines": (
         "EnergyScoringPipeline",
         "ImageDenoisingPipeline",
@@ -99,6 +101,7 @@ __all__ = [
     "EnergyScoringPipeline",
     "ImageDenoisingPipeline",
     "ThinkingConfig",
+    "ebt_from_llama",
     "generate_with_energies",
     "model_from_official",
     "model_to_official",

@@ -25,9 +25,10 @@ NAME = "learning"
 HEADER = ("variant", "differs by", "seeds", "validation loss", "each seed")
 VARIANTS: dict[str, list[str]] = {
     "twin": ["--twin", "--learning_rate", "2.4e-3"],
-    "twin-6e-4": ["--twin", "--learning_rate", "6e-4"],
     "twin-1.2e-3": ["--twin", "--learning_rate", "1.2e-3"],
     "twin-5e-3": ["--twin", "--learning_rate", "5e-3"],
+    "twin-1e-2": ["--twin", "--learning_rate", "1e-2"],
+    "proposal": ["--recipe", "proposal", "--learning_rate", "5e-3"],
     "paper": ["--step_size", "5", "--learning_rate", "2.4e-3"],
     "paper-500": ["--step_size", "500", "--learning_rate", "2.4e-3"],
     "anchor": ["--step_size", "5", "--learning_rate", "5e-3", "--candidate_anchor", "token"],

@@ -251,7 +251,21 @@ class EBTConfig(EBTBaseConfig):
         'last'
         ```
         """
-        values = {**preset_fields(name), **recipe_fields(recipe), **overrides}
+        return cls.for_recipe(recipe, **{**preset_fields(name), **overrides})
+
+    @classmethod
+    def for_recipe(cls, recipe: str, **overrides: Any) -> "EBTConfig":
+        """
+        A config of one of the training recipes, and any architecture.
+
+        Args:
+            recipe (`str`): `"s1"`, `"s2"` or `"proposal"`, as in [`from_preset`].
+            overrides: any other field of the config, which wins.
+
+        Raises:
+            ValueError: for an unknown recipe.
+        """
+        values = {**recipe_fields(recipe), **overrides}
         if values["step_conditioning"] == "none" and "num_landscapes" not in overrides:
             # without conditioning there is one landscape; the recipe's count becomes the number of steps on it
             values.setdefault("thinking_steps", values["num_landscapes"])

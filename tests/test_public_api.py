@@ -33,6 +33,7 @@ PROMISED = {
     "EnergyScoringPipeline",
     "EBTImageTrainingArguments",
     "EBTTrainingArguments",
+    "ebt_from_llama",
     "generate_with_energies",
     "model_from_official",
     "model_to_official",

@@ -72,7 +72,11 @@ class ModelArguments:
     """Which model: a new one by its size, or one to train further."""
 
     model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Train this model further: a folder or a Hub id. Default: a new model."}
+        default=None,
+        metadata={
+            "help": "Train this model further: a folder or a Hub id. Default: a new model. A Llama with --recipe proposal "
+            "learns to think."
+        },
     )
     preset: str | None = field(
         default=None,
@@ -193,10 +197,11 @@ def _new_config(
     return EBTConfig.from_preset(preset, recipe=training.recipe, **{**values, **own, **overrides})
 
 
-def _build_model(model: ModelArguments, config: "PreTrainedConfig | None") -> "PreTrainedModel":
+def _build_model(model: ModelArguments, config: "PreTrainedConfig | None", recipe: str) -> "PreTrainedModel":
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
+    from ..modeling_ebt.upcycling_ebt import OF_THE_RECIPE, ebt_from_llama
     from .llama_twin import initialize_as_ebt
 
     options: dict[str, Any] = {}
@@ -205,7 +210,11 @@ def _build_model(model: ModelArguments, config: "PreTrainedConfig | None") -> "P
     if config is None:
         options["trust_remote_code"] = model.trust_remote_code
         # full precision weights: mixed precision is the Trainer's --bf16 and --fp16
-        return AutoModelForCausalLM.from_pretrained(model.model_name_or_path, dtype=torch.float32, **options)
+        loaded = AutoModelForCausalLM.from_pretrained(model.model_name_or_path, dtype=torch.float32, **options)
+        if recipe == OF_THE_RECIPE and isinstance(loaded, LlamaForCausalLM):
+            with refusing_bad_values():
+                return ebt_from_llama(loaded)
+        return loaded
     built = AutoModelForCausalLM.from_config(config, dtype=torch.float32, **options)
     if model.twin:
         initialize_as_ebt(built)
@@ -313,7 +322,7 @@ def _run(argv: list[str]) -> None:
             split: text_rows(split, source, data_args, tokenizer, block_size, training_args.seed)
             for split, source in documents.items()
         }
-    model = _build_model(model_args, config)
+    model = _build_model(model_args, config, training_args.recipe)
     if len(tokenizer) > model.config.vocab_size:
         raise Refusal(
             f"The tokenizer has {len(tokenizer)} tokens, the model {model.config.vocab_size}. Use the model's own "
