@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import torch
 from transformers import LlamaForCausalLM
 
 from .configuration_ebt import EBTConfig
@@ -67,12 +66,10 @@ def ebt_from_llama(model: LlamaForCausalLM, **overrides: Any) -> EBTForCausalLM:
     ebt = EBTForCausalLM(config)
     given = {name: value for name, value in model.state_dict().items() if name != "lm_head.weight"}
     given["candidate_embedding.weight"] = model.lm_head.weight.detach()
-    with torch.no_grad():
-        missing, unexpected = ebt.load_state_dict(given, strict=False)
-    if unexpected or any(name.startswith("model.layers") for name in missing):
-        raise ValueError(
-            f"The weights do not fit: {', '.join(missing) or 'none'} missing, {', '.join(unexpected) or 'none'} unknown."
-        )
+    missing, unknown = ebt.load_state_dict(given, strict=False)
+    wrong = [*(name for name in missing if name.startswith("model.layers")), *unknown]
+    if wrong:
+        raise ValueError(f"The weights are not those of a plain Llama: {', '.join(wrong)} has no counterpart.")
     ebt.generation_config = model.generation_config
     ebt.to(device=model.device, dtype=model.dtype)
     ebt.step_size.float()  # half precision is too coarse for it, see `_keep_in_fp32_modules_strict`
