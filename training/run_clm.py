@@ -74,8 +74,8 @@ class ModelArguments:
     model_name_or_path: str | None = field(
         default=None,
         metadata={
-            "help": "Train this model further: a folder or a Hub id. Default: a new model. A Llama learns to think with "
-            "--recipe proposal."
+            "help": "Train this model further: a folder or a Hub id. Default: a new model. A Llama learns to "
+            "think with --recipe proposal."
         },
     )
     preset: str | None = field(
