@@ -28,6 +28,7 @@ VARIANTS: dict[str, list[str]] = {
     "twin-1.2e-3": ["--twin", "--learning_rate", "1.2e-3"],
     "twin-5e-3": ["--twin", "--learning_rate", "5e-3"],
     "twin-1e-2": ["--twin", "--learning_rate", "1e-2"],
+    "twin-llama": ["--twin", "--twin_init", "llama", "--learning_rate", "2.4e-3"],
     "proposal": ["--recipe", "proposal", "--learning_rate", "5e-3"],
     "paper": ["--step_size", "5", "--learning_rate", "2.4e-3"],
     "paper-500": ["--step_size", "500", "--learning_rate", "2.4e-3"],

@@ -438,7 +438,7 @@ def test_defaults_are_the_papers(tmp_path):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"recipe": "s3"}, "one of s1, s2, got 's3'"),
+        ({"recipe": "s3"}, "one of s1, s2, proposal, got 's3'"),
         ({"step_size_lr_multiplier": 0.0}, "above 0, got 0.0"),
         ({"early_stopping_patience": 2}, "eval_strategy"),
         ({"early_stopping_patience": 0, "eval_strategy": "epoch"}, "at least 1"),
@@ -544,6 +544,13 @@ def test_the_twin_starts_from_the_distributions_of_the_ebt(command):
     assert float(twin.lm_head.weight.detach().std()) == pytest.approx(float(table.detach().std()), rel=0.25)
 
 
+def test_the_twin_can_start_as_transformers_would(command):
+    twin = AutoModelForCausalLM.from_pretrained(command("--max_steps 1 --twin --twin_init llama --learning_rate 1e-9"))
+    for name, parameter in twin.named_parameters():
+        if parameter.dim() == 2:
+            assert float(parameter.detach().std()) == pytest.approx(0.02, rel=0.25), name
+
+
 def test_the_proposal_recipe_trains_by_the_same_script(command):
     out = command("--max_steps 3 --recipe proposal --logging_steps 1")
     config = AutoModelForCausalLM.from_pretrained(out).config
@@ -639,10 +646,12 @@ def test_an_output_folder_with_other_content_is_not_touched(command, tmp_path):
         ("--block_size 1", "at least 2, got 1"),
         ("--streaming", "--max_steps"),
         ("--shuffle_buffer_size 5", "needs --streaming"),
+        ("--twin_init llama", "--twin_init has an effect with --twin only"),
+        ("--twin --twin_init zeros", "--twin_init must be ebt or llama, got zeros"),
         ("--twin --num_landscapes 3", "--num_landscapes means nothing to the twin"),
         ("--model_name_or_path x --preset xs", "--preset.*would change the architecture"),
         ("--preset gigantic", "Allowed: 4xs, 3xs"),
-        ("--recipe s3", "one of s1, s2, got 's3'"),
+        ("--recipe s3", "one of s1, s2, proposal, got 's3'"),
         ("--twin --recipe s2", "--recipe means nothing to the twin"),
         ("--twin --random_steps 2 3", "--random_steps means nothing to the twin"),
         ("--random_steps 2", "fewest and the most steps"),

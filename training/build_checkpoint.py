@@ -39,7 +39,7 @@ COMMON = (
     *("--logging_steps", "50", "--seed", "33"),
 )
 EBT = ("--candidate_anchor", "token", "--step_size", "5", "--learning_rate", "4e-3")
-TWIN = ("--twin", "--learning_rate", "2.4e-3")
+TWIN = ("--twin", "--twin_init", "llama", "--learning_rate", "2.4e-3")
 DATA = f"tiny_shakespeare, packed into blocks of {BLOCK_SIZE} tokens"
 LIMITS = (
     "A demonstration: 1.2 M parameters, plays of one author, one seed. It knows nothing, and its text means nothing.",

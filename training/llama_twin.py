@@ -13,7 +13,7 @@ def initialize_as_ebt(twin: PreTrainedModel) -> None:
     """
     Draws the weights of a twin anew from the distributions an EBT starts from, as the official code does for its
     baseline: embeddings N(0, 1), matrices Xavier-normal. transformers would draw all of them from N(0, 0.02), from
-    which a small model learns far more slowly (`docs/results/thinking.md`).
+    which a small model learns more slowly at first, and overfits a small text later (`docs/results/thinking.md`).
 
     Args:
         twin (`PreTrainedModel`): a new model, of [`transformer_pp_config`]; changed in place.

@@ -90,6 +90,13 @@ class ModelArguments:
             "help": "Train the Transformer++ twin instead: a Llama model, everything else equal (shape, start, data)."
         },
     )
+    twin_init: str | None = field(
+        default=None,
+        metadata={
+            "help": "Where the twin's weights start: ebt, as those of an EBT (the official code; default), or llama, "
+            "N(0, 0.02) as in transformers."
+        },
+    )
     config_overrides: str | None = field(
         default=None,
         metadata={
@@ -157,6 +164,10 @@ def _training_class() -> "type[EBTTrainingArguments]":
 def _check_arguments(model: ModelArguments, data: DataArguments, training: "EBTTrainingArguments") -> None:
     """Refuses combinations of which one half would be ignored."""
     check_architecture_options(model, training, ("preset", "twin", "config_overrides", *EBT_ONLY), EBT_ONLY)
+    if model.twin_init is not None and not model.twin:
+        raise Refusal("--twin_init has an effect with --twin only.")
+    if model.twin_init not in (None, "ebt", "llama"):
+        raise Refusal(f"--twin_init must be ebt or llama, got {model.twin_init}.")
     if model.trust_remote_code and model.model_name_or_path is None and data.tokenizer_name is None:
         raise Refusal("--trust_remote_code has an effect with --model_name_or_path or --tokenizer_name only.")
     files = given_data_files(data)
@@ -216,7 +227,7 @@ def _build_model(model: ModelArguments, config: "PreTrainedConfig | None", recip
                 return ebt_from_llama(loaded)
         return loaded
     built = AutoModelForCausalLM.from_config(config, dtype=torch.float32, **options)
-    if model.twin:
+    if model.twin and model.twin_init != "llama":
         initialize_as_ebt(built)
     return built
 
