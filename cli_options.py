@@ -5,6 +5,12 @@ from dataclasses import dataclass, field
 from .assets import example_picture_path
 
 
+STEPS_HELP = (
+    "Thinking steps for each; 0 (the start itself) for models that start at a prediction. Default of this and the "
+    "next: the checkpoint's."
+)
+
+
 @dataclass
 class DemoArguments:
     """What thinking does: to text, its speed and perplexity; with --image to a noisy picture; with --web to both."""
@@ -30,7 +36,10 @@ class DemoArguments:
     )
     steps: list[int] | None = field(
         default=None,
-        metadata={"help": "Numbers of thinking steps to compare. Default: 1 2 4 8, of pictures 1 2 3 4 8."},
+        metadata={
+            "help": "Numbers of thinking steps to compare. Default: 1 2 4 8, of pictures 1 2 3 4 8; first 0 for "
+            "models that start at a prediction (candidate_init proposal)."
+        },
     )
     seed: int | None = field(default=None, metadata={"help": "Seed of the sampled text, or of the noise. Default: 0."})
     output_dir: str | None = field(
@@ -59,9 +68,7 @@ class DemoArguments:
 class ThinkingArguments:
     """How long and how to think about a token, or about a picture."""
 
-    thinking_steps: int | None = field(
-        default=None, metadata={"help": "Thinking steps for each. Default of this and the next: the checkpoint's."}
-    )
+    thinking_steps: int | None = field(default=None, metadata={"help": STEPS_HELP})
     thinking_candidates: int | None = field(
         default=None, metadata={"help": "Candidates descended side by side; the best is kept."}
     )
@@ -122,10 +129,7 @@ class ScoreArguments(ThinkingArguments):
 
     thinking_steps: int | None = field(
         default=None,
-        metadata={
-            "aliases": ["--steps"],
-            "help": "Thinking steps for each. Default of this and the next: the checkpoint's.",
-        },
+        metadata={"aliases": ["--steps"], "help": STEPS_HELP},
     )
     model: str | None = field(
         default=None, metadata={"help": "Checkpoint: a folder or a Hub id. Default: the embedded one."}

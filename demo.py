@@ -292,7 +292,7 @@ def _energy_table(samples: Sequence[Sample]) -> str:
 def run_demo(
     model: str | None = None,
     prompt: str = "ROMEO:\n",
-    steps: Sequence[int] = (1, 2, 4, 8),
+    steps: Sequence[int] | None = None,
     max_new_tokens: int = 100,
     temperature: float = 0.8,
     top_k: int = 50,
@@ -307,7 +307,8 @@ def run_demo(
     Args:
         model (`str`, *optional*): another checkpoint than the embedded one.
         prompt (`str`, *optional*): what to continue.
-        steps (sequence of `int`, *optional*): the numbers of thinking steps to compare.
+        steps (sequence of `int`, *optional*): the numbers of thinking steps to compare. 1, 2, 4 and 8 by default, and
+            first 0 for models that start at a prediction of their own, the only ones to have it.
         max_new_tokens, temperature, top_k, seed: of the sampled text.
         blocks (`int`, *optional*, defaults to 0): blocks of the test split to measure on; 0 means all.
         output_dir (`str`, *optional*): where the picture and the numbers go.
@@ -318,13 +319,10 @@ def run_demo(
     """
     from transformers.utils.logging import tqdm
 
-    from .pipelines import perplexity_by_steps
+    from .pipelines.perplexity import default_steps, fewest_steps, perplexity_by_steps
     from .pipelines.text_generation import check_room
     from .training.data import held_out_blocks
 
-    steps = sorted(set(steps))
-    if not steps or steps[0] < 1:
-        raise ValueError(f"`steps` must be integers of at least 1, got {steps}.")
     if max_new_tokens < 1 or blocks < 0:
         raise ValueError(
             f"`max_new_tokens` must be at least 1 and `blocks` at least 0, got {max_new_tokens}, {blocks}."
@@ -333,6 +331,9 @@ def run_demo(
     network, tokenizer = load_checkpoint(model)
     if not hasattr(network, "energy"):
         raise ValueError(f"{type(network).__name__} is no energy-based model: it does not think in steps.")
+    steps, fewest = sorted(set(default_steps(network) if steps is None else steps)), fewest_steps(network)
+    if not steps or steps[0] < fewest:
+        raise ValueError(f"`steps` must be integers of at least {fewest} for this model, got {steps}.")
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     config = network.config
@@ -349,7 +350,7 @@ def run_demo(
         for count in tqdm(steps, desc="Generating", unit="text"):
             report.samples.append(_sample(network, tokenizer, prompt, count, seed, **sampling))
     for sample in report.samples:
-        say(f"\n--- {sample.steps} thinking step{'s' if sample.steps > 1 else ''} " + "-" * 50)
+        say(f"\n--- {sample.steps} thinking step{'s' if sample.steps != 1 else ''} " + "-" * 50)
         say(prompt + sample.text)
     say("\nMean energy of the generated tokens' predictions (steps on different landscapes are not comparable):\n")
     say(_energy_table(report.samples))
@@ -370,6 +371,8 @@ def run_demo(
         "speed of the samples above:\n"
     )
     say(table(["thinking steps", "perplexity", "tokens/s"], rows))
+    if steps[0] == 0:
+        say("\n0 steps: what the model starts from, its prediction as an ordinary language model.")
     say("\n" + verdict(report))
 
     try:

@@ -184,7 +184,7 @@ REPLAY_FLAGS: dict[str, Any] = {
 LEFT_OUT = (
     *("pad_token_id", "bos_token_id", "eos_token_id", "use_cache", "initializer_range", "pretraining_tp"),
     *("thinking_candidates", "thinking_tolerance", "thinking_kl_tolerance", "thinking_target_energy"),
-    "thinking_accept_only_lower_energy",
+    *("thinking_accept_only_lower_energy", "proposal_loss_weight"),  # the latter: a model with a proposal is refused
 )
 
 

@@ -339,6 +339,7 @@ class EBTForCausalLM(EBTTokenScoresMixin, EBTGenerationMixin, EBTPreTrainedModel
         """Descends all candidates of all positions at once; states are (B, N, V), candidate-major."""
         candidates = state.shape[1]
         if not schedule:
+            stop_rules(thinking, candidates)  # says what is wrong with them, as it would with steps
             return self._unmoved(state, context, output_energies or candidates > 1)
         context = context.repeat_candidates(candidates)
         learning = self.training and torch.is_grad_enabled()

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..configuration.thinking_ebt import ThinkingConfig
-from .perplexity import checked_steps, descends_once
+from .perplexity import checked_steps, losses_by_steps
 from .text_windows import EncodedText, batched, encode_texts, evaluating, tensors
 
 
@@ -21,8 +21,8 @@ class TextLosses:
     What [`text_losses`] found.
 
     Args:
-        losses (`dict[int, list[float]]`): by number of thinking steps (0: a model without), the sum of the losses of
-            the tokens of every text, in nats.
+        losses (`dict[int, list[float]]`): by number of thinking steps (0: a model without, or the start of one that
+            starts at a prediction), the sum of the losses of the tokens of every text, in nats.
         tokens (`list[int]`): how many tokens of every text were predicted.
     """
 
@@ -39,18 +39,14 @@ def _token_losses(
     if not hasattr(model, "energy"):
         logits = model(**given).logits.float()
         return [F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)]
-    given |= {"shift_labels": targets, "loss_reduction": "none", "thinking": thinking}
-    if descends_once(model, thinking):
-        by_step = model(**given, thinking_steps=max(counts)).step_losses
-        return [by_step[count - 1] for count in counts]
-    return [model(**given, thinking_steps=count).loss for count in counts]
+    return losses_by_steps(model, {**given, "shift_labels": targets, "loss_reduction": "none"}, counts, thinking)
 
 
 def text_losses(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     texts: Sequence[str],
-    steps: Sequence[int] = (1, 2, 4, 8),
+    steps: Sequence[int] | None = None,
     batch_size: int = 8,
     add_start_token: bool = True,
     max_length: int | None = None,
@@ -67,8 +63,10 @@ def text_losses(
         model: an [`EBTForCausalLM`], or any other causal language model, which has one loss.
         tokenizer: its tokenizer.
         texts (sequence of `str`): of any lengths.
-        steps (sequence of `int`, *optional*): numbers of thinking steps; ignored for models that do not think. With
-            one candidate all come from a single descent.
+        steps (sequence of `int`, *optional*): numbers of thinking steps; ignored for models that do not think. By
+            default 1, 2, 4 and 8, and first 0 for models that start at a prediction of their own
+            (`candidate_init="proposal"`), the only ones to have it. With one candidate, and no budget, all come from a
+            single descent.
         batch_size (`int`, *optional*, defaults to 8): windows at a time.
         add_start_token (`bool`, *optional*, defaults to `True`): predict the first token too, from the bos token (the
             eos token, if there is none).

@@ -149,7 +149,7 @@ def test_generate_reads_standard_input(checkpoint, ebt, subprocess_env, tmp_path
     [
         (["--model", "./nowhere"], "There is no checkpoint folder ./nowhere."),
         (["--model", "nobody/nothing"], "Cannot load 'nobody/nothing'"),
-        (["--thinking-steps", "0"], "`thinking_steps` must be an integer of at least 1"),
+        (["--thinking-steps", "0"], "`thinking_steps` must be at least 1 for this model"),
         (["--max-new-tokens", "0"], "--max_new_tokens must be at least 1"),
         (["--max-new-tokens", "999"], "Ask for at most"),
         (["--temperature", "0.5"], "with --sample only"),

@@ -95,7 +95,7 @@ def test_noise_of_the_picture_and_tiles(denoise: Denoise, pictures: dict[str, np
         (["nowhere.png"], "There is no image file nowhere.png"),
         (["text.png"], "cannot identify image file"),
         (["small.png", "--model", "./nowhere"], "There is no checkpoint folder ./nowhere."),
-        (["small.png", "--thinking-steps", "0"], "`thinking_steps` must be an integer of at least 1"),
+        (["small.png", "--thinking-steps", "0"], "`thinking_steps` must be at least 1 for this model"),
         (["small.png", "--thinking-stepps", "2"], "Did you mean --thinking-steps?"),
         (["small.png", "--noise-std", "-1"], "`noise_std` must be"),
         (["small.png", "--noise-std", "9", "--add-noise-level", "0.1"], "Give one of them"),

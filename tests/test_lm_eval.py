@@ -151,6 +151,19 @@ def test_generated_text_is_what_generate_writes_with_so_many_steps(run, shipped,
     assert texts[1] != texts[8]
 
 
+def test_0_steps_are_the_plain_prediction_of_models_that_have_one(run, shipped, make_model, tmp_path):
+    tokenizer = shipped[1]
+    model = make_model(candidate_init="proposal", vocab_size=1024, step_size=0.1, eos_token_id=tokenizer.eos_token_id)
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path)
+    found = {steps: run("tiny_choice", pretrained=str(tmp_path), thinking_steps=steps) for steps in (0, 2)}
+    for steps, samples in found.items():
+        for row, sample in zip(QUESTIONS, samples, strict=True):
+            expected = [log_likelihood(model, tokenizer, row["question"], choice, steps) for choice in row["choices"]]
+            assert [value for value, _ in sample["filtered_resps"]] == pytest.approx(expected, rel=1e-4)
+    assert found[0][0]["filtered_resps"] != found[2][0]["filtered_resps"]
+
+
 def test_the_context_is_the_models_own(run):
     from lm_eval.models.huggingface import HFLM
 
@@ -164,7 +177,7 @@ def test_the_context_is_the_models_own(run):
     [
         ("thinking_step", 4, "thinking_step'"),
         ("thinking_steps", "four", "thinking_steps.*'four'"),
-        ("thinking_steps", 0, "`thinking_steps` must be an integer of at least 1, got 0"),
+        ("thinking_steps", 0, "`thinking_steps` must be at least 1 for this model, got 0"),
         ("thinking_tolerance", -1, "`thinking_tolerance` must be a finite number of at least 0, got -1"),
     ],
 )

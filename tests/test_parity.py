@@ -428,6 +428,7 @@ def test_prefixes_of_lightning_and_torch_compile_are_taken_off(
     [
         ({"update": "residual"}, "update='residual'"),
         ({"candidate_anchor": "token"}, "candidate_anchor='token'"),
+        ({"candidate_init": "proposal", "update": "residual", "thinking_steps": 0}, "candidate_init='proposal'"),
         ({"num_key_value_heads": 2}, "num_key_value_heads=2"),
         ({"rms_norm_eps": 1e-6}, "rms_norm_eps=1e-06"),
         ({"hidden_act": "tanh"}, "hidden_act='tanh'"),

@@ -29,11 +29,12 @@ from ebt_transformers.training.adapters import check_adapters, merge_adapter, re
 KINDS = ("text", "image")
 METHODS = ("lora", "ia3")
 CLOSE = {"rtol": 1e-9, "atol": 1e-9}
-# every conditioning, embedding, update rule and anchor; every kind of image model
+# every conditioning, embedding, update rule, anchor and start; every kind of image model
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "none": ("text", {"step_conditioning": "none", "num_landscapes": 1, "thinking_steps": 2}),
     "time_embed": ("text", {"update": "residual"}),
     "time_embed-anchored": ("text", {"candidate_anchor": "token"}),
+    "time_embed-proposal": ("text", {"candidate_init": "proposal", "update": "residual"}),
     "adaln-shared": ("text", {"step_conditioning": "adaln", "candidate_embedding": "shared"}),
     "adaln_zero": ("text", {"step_conditioning": "adaln_zero"}),
     "last-step": ("text", {"loss_on_steps": "last", "detach_between_steps": False}),
@@ -184,7 +185,7 @@ def test_registering_again_keeps_what_a_user_has_set(monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("method", [*METHODS, "dora"])
-@pytest.mark.parametrize("name", ["none", "adaln-shared", "image", "image-conditional"])
+@pytest.mark.parametrize("name", ["none", "adaln-shared", "time_embed-proposal", "image", "image-conditional"])
 def test_an_adapter_of_all_linear_layers_merges_into_the_same_model(name: str, method: str, in_float64: None) -> None:
     kind, values = MODELS[name]
     options = {"feedforward_modules": []} if method == "ia3" else {}

@@ -159,5 +159,7 @@ def test_only_models_that_start_at_a_proposal_can_skip_thinking(model: EBTForCau
     assert EBTConfig(candidate_init="proposal", thinking_steps=0).thinking_steps == 0
     with pytest.raises(ValueError, match="thinking_steps.*at least 1.*got 0.*candidate_init='proposal'"):
         make_model()(tokens(1, 4), thinking_steps=0)
+    with pytest.raises(ValueError, match="thinking_prune_keep.*at most.*2.*got 3"):
+        model(tokens(1, 4), thinking_steps=0, thinking_candidates=2, thinking_prune_keep=3)
     with pytest.raises(ValueError, match=r"thinking_landscapes.*\[\]"):
         model(tokens(1, 4), thinking_landscapes=[])

@@ -28,34 +28,39 @@ folder, again = sys.argv[1:3]
 trusting = {"trust_remote_code": True}
 text = AutoModelForCausalLM.from_pretrained(folder + "/text", **trusting)
 image = AutoModelForImageToImage.from_pretrained(folder + "/image", **trusting)
+proposing = AutoModelForCausalLM.from_pretrained(folder + "/proposing", **trusting)
 expected = torch.load(folder + "/expected.pt")
 
 
 # close, not equal: weights mapped from a file are aligned differently, which picks other matrix kernels
-def check(text, image):
+def check(text, image, proposing):
     with torch.no_grad():
         for got, name in (
             (text(expected["ids"], thinking_steps=3).logits, "logits"),
             (image(expected["noisy"], thinking_steps=3).reconstruction, "images"),
             (image.energy(expected["noisy"]), "energies"),
+            (proposing(expected["ids"], thinking_steps=0).logits, "proposal"),
+            (proposing(expected["ids"], thinking_steps=3).logits, "refined"),
         ):
             torch.testing.assert_close(got, expected[name], rtol=1e-3, atol=1e-3)
     tokens = text.generate(expected["ids"], max_new_tokens=2, do_sample=False)
     assert torch.equal(tokens, expected["tokens"])
 
 
-check(text, image)
-for model in (text, image):
+check(text, image, proposing)
+for model in (text, image, proposing):
     model.train()
-    inputs = (expected["ids"],) if model is text else (expected["noisy"],)
+    inputs = (expected["noisy"],) if model is image else (expected["ids"],)
     model(*inputs, labels=inputs[0]).loss.backward()
     model.eval()
 # what was loaded this way is saved with its code, too
 text.save_pretrained(again + "/text")
 image.save_pretrained(again + "/image")
+proposing.save_pretrained(again + "/proposing")
 check(
     AutoModelForCausalLM.from_pretrained(again + "/text", **trusting),
     AutoModelForImageToImage.from_pretrained(again + "/image", **trusting),
+    AutoModelForCausalLM.from_pretrained(again + "/proposing", **trusting),
 )
 
 # pipelines: a saved folder says itself what it is for, and is saved again with its code
@@ -81,8 +86,8 @@ print("loaded without the package")
 
 @pytest.fixture
 def saved(make_model: Callable, tmp_path: Path) -> Path:
-    """A text and an image model, both also as pipelines, and what they give."""
-    text = make_model()
+    """Two text models and an image model, also as pipelines, and what they give."""
+    text, proposing = make_model(), make_model(candidate_init="proposal", update="residual")
     torch.manual_seed(1)
     image = EBTForImageDenoising(
         EBTImageConfig(image_size=8, patch_size=4, hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
@@ -98,10 +103,13 @@ def saved(make_model: Callable, tmp_path: Path) -> Path:
             "logits": text(ids, thinking_steps=3).logits,
             "images": image(noisy, thinking_steps=3).reconstruction,
             "energies": image.energy(noisy),
+            "proposal": proposing(ids, thinking_steps=0).logits,
+            "refined": proposing(ids, thinking_steps=3).logits,
             "tokens": text.generate(ids, max_new_tokens=2, do_sample=False),
         }
     text.save_pretrained(tmp_path / "text")
     image.save_pretrained(tmp_path / "image")
+    proposing.save_pretrained(tmp_path / "proposing")
     processor = EBTImageProcessor.from_model_config(image.config, do_resize=True, size=16)
     denoiser = pipeline("image-denoising", model=image, image_processor=processor, device="cpu")
     denoiser.save_pretrained(tmp_path / "denoiser")
@@ -117,7 +125,7 @@ def saved(make_model: Callable, tmp_path: Path) -> Path:
 
 
 def test_a_checkpoint_carries_real_files_and_nothing_of_the_package(saved: Path) -> None:
-    for kind in ("text", "image", "denoiser", "writer"):
+    for kind in ("text", "image", "proposing", "denoiser", "writer"):
         files = {path.name: path.read_text(encoding="utf-8") for path in (saved / kind).glob("*.py")}
         assert "class EBTBaseConfig" in files["base_ebt.py"]
         assert "class ThinkingConfig" in files["thinking_ebt.py"]

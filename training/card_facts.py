@@ -99,6 +99,11 @@ def thinks(model: "nn.Module") -> "TypeGuard[PreTrainedModel]":
     return hasattr(getattr(model, "config", None), "num_landscapes")
 
 
+def predicts_at_start(model: "nn.Module") -> bool:
+    """Whether a model's thinking starts at a prediction, so that 0 steps are an ordinary language model."""
+    return getattr(getattr(model, "config", None), "starts_at_prediction", False)
+
+
 def installed_versions() -> dict[str, str]:
     """Python and the libraries that take part in a training, those that are installed."""
     from .. import __version__
@@ -205,6 +210,7 @@ __all__ = [
     "installed_versions",
     "is_image_model",
     "number",
+    "predicts_at_start",
     "python_block",
     "thinks",
 ]

@@ -17,7 +17,7 @@ from torch.utils.data import IterableDataset
 from torch.utils.flop_counter import flop_registry
 from transformers import PreTrainedModel
 
-from .card_facts import is_image_model
+from .card_facts import is_image_model, predicts_at_start
 from .quality import image_psnr
 
 
@@ -44,6 +44,8 @@ class ThinkingMeasurement:
         flops (`list[float]`): for each of `steps`, the floating point operations of a prediction, in units of those of
             one forward pass.
         counted_on (`int`): tokens or patches of the row whose operations were counted.
+        start_loss (`float`, *optional*): mean loss before step 1, of models that start at a prediction of their own;
+            `steps` then begins with 0.
     """
 
     kind: str
@@ -57,20 +59,38 @@ class ThinkingMeasurement:
     psnr: list[float] | None
     flops: list[float]
     counted_on: int
+    start_loss: float | None = None
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "ThinkingMeasurement":
         """What `dataclasses.asdict` gave."""
-        return cls(**{item.name: values[item.name] for item in fields(cls)})
+        return cls(**{item.name: values[item.name] for item in fields(cls) if item.name in values})
+
+    @property
+    def curve(self) -> tuple[int, list[float]]:
+        """Losses (or PSNR) by number of steps: the first number that has one, and the values from there on."""
+        if self.psnr is not None:
+            return 0, self.psnr
+        return (1, self.losses) if self.start_loss is None else (0, [self.start_loss, *self.losses])
+
+    def value(self, steps: int) -> float:
+        """PSNR, or loss, after so many steps."""
+        first, values = self.curve
+        return values[steps - first]
 
     def quality(self, steps: int) -> float:
         """PSNR, or the negative loss, after so many steps: more is better."""
-        return -self.losses[steps - 1] if self.psnr is None else self.psnr[steps]
+        return self.value(steps) if self.psnr is not None else -self.value(steps)
 
     @property
     def best_steps(self) -> int:
         """The best of the compared numbers of steps; the smallest of equals."""
         return max(self.steps, key=lambda steps: (self.quality(steps), -steps))
+
+
+def compared_steps(model: PreTrainedModel) -> list[int]:
+    """The numbers of steps that the card of a model compares; 0 among them if it predicts without any."""
+    return [0, *STEPS] if predicts_at_start(model) else list(STEPS)
 
 
 # ---- leaving everything as it was ------------------------------------------------------------------------------
@@ -153,9 +173,10 @@ def _patches(images: Tensor, model: PreTrainedModel) -> int:
 def thinking_passes(model: PreTrainedModel, steps: int) -> tuple[int, int]:
     """
     Forward and backward passes of the transformer for one prediction with so many thinking steps: a text model reads
-    its context once per landscape, and then every step is one forward and one backward pass of the candidates.
+    its context once per landscape, and then every step is one forward and one backward pass of the candidates. With 0
+    steps the context is all there is.
     """
-    contexts = 0 if is_image_model(model) else min(steps, model.config.num_landscapes)
+    contexts = 0 if is_image_model(model) else max(1, min(steps, model.config.num_landscapes))
     return contexts + steps, steps
 
 
@@ -218,6 +239,8 @@ def _text_by_steps(model: PreTrainedModel, batch: dict[str, Tensor], most: int) 
     scored = batch["labels"][:, 1:] != -100
     energies = output.energies[:, :-1][scored]  # (positions, K + 1)
     measured = {"positions": int(scored.sum()), "energies": energies.mean(0).tolist(), "psnr": None}
+    if output.proposal_loss is not None:
+        measured["start_loss"] = output.proposal_loss.item()
     return {"kind": "text", "losses": output.step_losses.tolist(), **measured}
 
 
@@ -269,7 +292,7 @@ def measure_thinking(model: PreTrainedModel, batch: Mapping[str, Any]) -> Thinki
     if batch.get("labels") is None:
         raise ValueError(f"A measurement needs rows with `labels`, got {', '.join(sorted(batch))}.")
     default = model.config.default_thinking().steps
-    steps = sorted({*STEPS, *([default] if default <= MOST_STEPS else [])})
+    steps = sorted({*compared_steps(model), *([default] if default <= MOST_STEPS else [])})
     with same_random_state(model.device), evaluating(model):
         batch = bounded(batch, model)
         by_steps = (_images_by_steps if is_image_model(model) else _text_by_steps)(model, batch, steps[-1])
@@ -290,6 +313,7 @@ def measure_thinking(model: PreTrainedModel, batch: Mapping[str, Any]) -> Thinki
 __all__ = [
     "STEPS",
     "ThinkingMeasurement",
+    "compared_steps",
     "count_flops",
     "evaluating",
     "measure_thinking",

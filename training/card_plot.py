@@ -46,8 +46,7 @@ def draw_thinking(measured: ThinkingMeasurement, path: Path) -> None:
     if left.get_legend_handles_labels()[0]:
         left.legend(fontsize=8, frameon=False)
     better = "lower" if measured.psnr is None else "higher"
-    first, values = (1, measured.losses) if measured.psnr is None else (0, measured.psnr)
-    _panel(right, first, values, QUALITY[measured.kind], better, color="tab:orange")
+    _panel(right, *measured.curve, QUALITY[measured.kind], better, color="tab:orange")
     low, high = right.get_ylim()
     missing = max(0.0, LEAST_SPAN[measured.kind] - (high - low))
     right.set_ylim(low - missing / 2, high + missing / 2)

@@ -3,19 +3,20 @@
 from typing import TYPE_CHECKING, Any
 
 from ..reporting import table
-from .card_facts import PACKAGE, CardFacts, is_image_model, number, python_block, thinks
+from .card_facts import PACKAGE, CardFacts, is_image_model, number, predicts_at_start, python_block, thinks
 
 
 if TYPE_CHECKING:
     from torch import nn
 
 CURVE = (
-    *("loss", "initial_loss", "final_loss", "energy_gap", "step_size"),
+    *("loss", "proposal_loss", "initial_loss", "final_loss", "energy_gap", "step_size"),
     *("eval_loss", "eval_perplexity", "eval_psnr"),
 )
 CURVE_ROWS = 20
 RESULTS = {
     "train_loss": "training loss, mean over the run",
+    "proposal_loss": "training loss before the first thinking step, at the end",
     "initial_loss": "training loss after the first thinking step, at the end",
     "final_loss": "training loss after the last thinking step, at the end",
     "eval_loss": "validation loss",
@@ -31,6 +32,7 @@ ARCHITECTURE = (
     *("step_conditioning", "num_landscapes", "candidate_embedding", "candidate_anchor", "update"),
     *("image_conditioning", "candidate_init", "reconstruction_loss", "vae_name_or_path"),
 )
+PROPOSAL = ("proposal_loss_weight",)  # what means something for models that start at a prediction only
 DISTANCES = {"smooth_l1": "smooth L1 distance", "mse": "squared error", "l1": "absolute error"}
 PAPER = """@article{gladstone2025ebt,
   title   = {Energy-Based Transformers are Scalable Learners and Thinkers},
@@ -67,10 +69,13 @@ def summary(model: "nn.Module") -> str:
     does = "every continuation an energy and predicts by lowering it"
     if is_image_model(model):
         does = "every image an energy and denoises by lowering it"
-    return (
+    text = (
         f"An Energy-Based Transformer (`{kind}`, [arXiv 2507.02092](https://arxiv.org/abs/2507.02092)): it gives "
         f"{does}, one gradient step per thinking step."
     )
+    if predicts_at_start(model):
+        text += " It starts at what its context predicts; with 0 thinking steps it is an ordinary language model."
+    return text
 
 
 def use(model: "nn.Module", location: str, carries_code: bool) -> str:
@@ -176,10 +181,13 @@ def limits(facts: CardFacts, model: "nn.Module") -> str:
     if isinstance(longest, int) and not is_image_model(model):
         items.append(f"It takes at most {longest} tokens; generated text ends there.")
     if thinks(model):
-        items.append(
+        needs = (
             "Thinking takes gradients at inference: no flash attention for the candidates, and no export to runtimes "
             "without automatic differentiation."
         )
+        if predicts_at_start(model):
+            needs += " With 0 steps there is no thinking: the model is an ordinary language model, and needs none."
+        items.append(needs)
         within = "" if is_image_model(model) else " Compare them between candidates for one position only."
         items.append(f"Energies are on this model's own scale, never to be compared between models.{within}")
         if is_image_model(model) and not facts.run.limits:
@@ -208,7 +216,8 @@ def architecture(model: "nn.Module") -> str:
     if trained < total:
         items["trained parameters"] = f"{trained:,}"
     config = getattr(model, "config", None) or getattr(getattr(model, "dit", None), "config", None)
-    values = ((name, getattr(config, name, None)) for name in ARCHITECTURE)
+    names = ARCHITECTURE + (PROPOSAL if predicts_at_start(model) else ())
+    values = ((name, getattr(config, name, None)) for name in names)
     items.update((name, value) for name, value in values if value is not None and not callable(value))
     return _bullets(items)
 

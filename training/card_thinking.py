@@ -3,8 +3,8 @@
 from typing import TYPE_CHECKING
 
 from ..reporting import of_steps, table
-from .card_facts import is_image_model, number, python_block
-from .card_measurements import STEPS, ThinkingMeasurement, thinking_passes
+from .card_facts import is_image_model, number, predicts_at_start, python_block
+from .card_measurements import ThinkingMeasurement, compared_steps, thinking_passes
 
 
 if TYPE_CHECKING:
@@ -27,7 +27,9 @@ def thinking(
         plot (`str`, *optional*): the name of its picture.
         data (`str`): what it was measured on, in words.
     """
-    code = _think_about_images(location) if is_image_model(model) else _think_about_text(location, measured)
+    code = _think_about_images(location)
+    if not is_image_model(model):
+        code = _think_about_text(location, measured, predicts_at_start(model))
     if measured is None:
         return f"{python_block(code)}\n\nWhether more steps pay was not measured for this card."
     rows = f"{measured.rows} images" if measured.kind != "text" else f"{measured.positions} tokens"
@@ -35,13 +37,17 @@ def thinking(
     parts = [python_block(code), about, _by_steps(measured), verdict(measured)]
     if plot is not None:
         parts.append(f"![Mean energy and {quality_name(measured)} at every thinking step]({plot})")
+    if measured.start_loss is not None:
+        parts.append(
+            "With 0 steps the model is an ordinary language model: what its context predicts, and no thinking."
+        )
     if measured.landscapes > 1:
         first = "0" if measured.landscapes == 2 else f"0 to {measured.landscapes - 2}"
         parts.append(f"Energies at {first} steps are of other landscapes than the later ones, and do not compare.")
     return "\n\n".join(parts)
 
 
-def _think_about_text(location: str, measured: ThinkingMeasurement | None) -> str:
+def _think_about_text(location: str, measured: ThinkingMeasurement | None, predicts_at_start: bool) -> str:
     target = "" if measured is None else f"{measured.energies[measured.steps[-1]]:.3g}"
     stop = (
         "\n# a token stops at an energy, here the mean of validation tokens at rest"
@@ -49,6 +55,8 @@ def _think_about_text(location: str, measured: ThinkingMeasurement | None) -> st
         if target
         else ""
     )
+    if predicts_at_start:
+        stop += "\nmodel.generate(**inputs, thinking_steps=0)  # none at all: an ordinary language model"
     return f"""
 import ebt_transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
@@ -90,45 +98,59 @@ def quality_name(measured: ThinkingMeasurement) -> str:
 def _by_steps(measured: ThinkingMeasurement) -> str:
     """Quality and energy of the compared numbers of steps, with the start."""
     column = {"text": "loss in nats", "pixels": "PSNR in dB", "latents": "loss"}[measured.kind]
-    start = "" if measured.psnr is None else f"{measured.psnr[0]:.2f}"
-    rows = [["0 (start)", start, number(measured.energies[0])]]
-    for steps in measured.steps:
-        value = f"{measured.losses[steps - 1]:.4f}" if measured.psnr is None else f"{measured.psnr[steps]:.2f}"
-        name = f"{steps} (default)" if steps == measured.default_steps else str(steps)
+    digits = 4 if measured.psnr is None else 2
+    rows = []
+    for steps in sorted({0, *measured.steps}):
+        notes = ["start"] if steps == 0 else []
+        notes += ["default"] if steps == measured.default_steps else []
+        name = f"{steps} ({', '.join(notes)})" if notes else str(steps)
+        value = f"{measured.value(steps):.{digits}f}" if steps >= measured.curve[0] else ""
         rows.append([name, value, number(measured.energies[steps])])
     return table(["thinking steps", column, "mean energy"], rows)
 
 
 def verdict(measured: ThinkingMeasurement) -> str:
-    """Whether thinking longer, or less, than by default pays, in words."""
+    """Whether thinking pays, where it can be left out, and whether more or less than by default does, in words."""
     unit, least = UNITS[measured.kind]
-    default = measured.default_steps if measured.default_steps in measured.steps else measured.steps[0]
+    default = measured.default_steps
+    if default not in measured.steps:
+        default = next(steps for steps in measured.steps if steps > 0)
     flops = dict(zip(measured.steps, measured.flops, strict=True))
     gains = {steps: measured.quality(steps) - measured.quality(default) for steps in measured.steps}
 
-    def compared(steps: int) -> str:
-        better = "better" if gains[steps] > 0 else "worse"
-        gain, factor = number(abs(gains[steps])), flops[steps] / flops[default]
-        return f"{of_steps(steps)}: {gain} {unit} {better} than {default}, for {factor:.2g} times the operations"
+    def compared(steps: int, against: int = default) -> str:
+        gain, factor = gains[steps] - gains[against], flops[steps] / flops[against]
+        better = "better" if gain > 0 else "worse"
+        words = f"{number(abs(gain))} {unit} {better} than {against}"
+        return f"{of_steps(steps)}: {words}, for {factor:.2g} times the operations"
 
     best, longest = measured.best_steps, measured.steps[-1]
+    text = ""
+    if measured.steps[0] == 0 < default:
+        against_none = compared(default, 0)
+        if gains[0] < -least:
+            text = f"Thinking pays here ({against_none}). "
+        elif gains[0] > least:
+            text = f"Thinking does not pay here ({against_none}). "
+        else:
+            text = f"Thinking makes no difference worth its cost here ({against_none}). "
     longer = max((steps for steps in measured.steps if steps >= default), key=lambda steps: gains[steps])
     if gains[longer] > least:
-        text = f"Thinking longer than by default pays here ({compared(longer)})."
+        text += f"Thinking longer than by default pays here ({compared(longer)})."
     elif longest == default:
-        text = "Nothing longer than the default was measured."
+        text += "Nothing longer than the default was measured."
     elif gains[longest] < -least:
-        text = f"Thinking longer than by default does not pay here ({compared(longest)})."
+        text += f"Thinking longer than by default does not pay here ({compared(longest)})."
     else:
-        text = f"Thinking longer than by default makes no difference worth its cost here ({compared(longest)})."
-    if best < default and gains[best] > least:
+        text += f"Thinking longer than by default makes no difference worth its cost here ({compared(longest)})."
+    if 0 < best < default and gains[best] > least:
         text += f" Thinking less does pay ({compared(best)})."
     return text
 
 
 def cost(model: "PreTrainedModel", measured: ThinkingMeasurement | None) -> str:
     """Passes of the transformer for one prediction, and counted operations where there was something to count on."""
-    steps = list(STEPS) if measured is None else measured.steps
+    steps = compared_steps(model) if measured is None else measured.steps
     header = ["thinking steps", "forward passes", "backward passes"]
     rows = [[str(count), *map(str, thinking_passes(model, count))] for count in steps]
     if measured is not None:
@@ -143,6 +165,8 @@ def cost(model: "PreTrainedModel", measured: ThinkingMeasurement | None) -> str:
             "the last; every step is a forward and a backward pass of the candidates alone. More candidates multiply "
             "the steps, not the context."
         )
+    if predicts_at_start(model):
+        text += " 0 steps read the context once and look at no candidate: the cost of an ordinary language model."
     if measured is not None:
         unit = "patches" if is_image_model(model) else "tokens"
         text += (

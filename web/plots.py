@@ -54,7 +54,7 @@ def draw_distributions(walk: TokenWalk, token: int, decode: Callable[[int], str]
     Returns:
         `matplotlib.figure.Figure`: a column of bars for every step, a row for every token.
     """
-    rows = top_tokens(walk.distributions, TOKENS_SHOWN, token)
+    rows = top_tokens(walk.distributions, TOKENS_SHOWN, token, first=0 if walk.starts_at_prediction else 1)
     shown = walk.distributions[:, rows]
     longest = float(shown.max())
     columns = len(shown)

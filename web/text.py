@@ -18,6 +18,7 @@ from transformers.generation import BaseStreamer, StoppingCriteria, StoppingCrit
 from ..configuration import ThinkingConfig
 from ..modeling_ebt.generation import configured_thinking
 from ..modeling_ebt.thinking import random_offsets, resolve_thinking
+from ..pipelines.perplexity import fewest_steps
 from ..pipelines.text_generation import TokenThought, check_room
 
 
@@ -50,7 +51,7 @@ class WatchedText:
     @property
     def first_on_last_landscape(self) -> int:
         """Which energy of a token is the first that can be compared with its last one."""
-        return self.landscapes.index(self.landscapes[-1])
+        return self.landscapes.index(self.landscapes[-1]) if self.landscapes else 0
 
 
 @dataclass(frozen=True)
@@ -63,11 +64,13 @@ class TokenWalk:
         chosen (`int`): the candidate that was kept.
         distributions (`Tensor` of shape `(K + 1, V)`): what the chosen candidate stood for, at the start and after
             every step.
+        starts_at_prediction (`bool`, *optional*, defaults to `False`): whether the start, too, says what is likely.
     """
 
     energies: Tensor
     chosen: int
     distributions: Tensor
+    starts_at_prediction: bool = False
 
 
 def entropy(distributions: Tensor) -> Tensor:
@@ -187,9 +190,13 @@ def watch_token(model: PreTrainedModel, text: WatchedText, index: int) -> TokenW
     vocabulary = model.get_output_embeddings().weight.shape[0]
     count = resolved.candidates
     starts = random_offsets(resolved, (count, vocabulary), float(model.config.candidate_init_std), model.device)
-    context = text.prompt_ids + [token.token for token in text.tokens[:index]]
+    context = torch.tensor([text.prompt_ids + [token.token for token in text.tokens[:index]]], device=model.device)
+    starts_at_prediction = fewest_steps(model) == 0
+    if starts_at_prediction:  # the candidates lie around that
+        alone = ThinkingConfig(steps=0, candidates=1, init="mean")
+        starts = starts + model(context, thinking=alone, logits_to_keep=1, use_cache=False).logits[0]
     output = model(
-        torch.tensor([context], device=model.device).expand(count, -1),
+        context.expand(count, -1),
         thinking=replace(text.thinking, candidates=1),
         initial_candidate=starts[:, None],
         logits_to_keep=1,
@@ -202,10 +209,10 @@ def watch_token(model: PreTrainedModel, text: WatchedText, index: int) -> TokenW
     known = torch.tensor(text.tokens[index].energies)
     chosen = int((energies - known).abs().sum(-1).argmin())
     distributions = output.trajectory[chosen, -1].softmax(-1).cpu()
-    return TokenWalk(energies, chosen, distributions)
+    return TokenWalk(energies, chosen, distributions, starts_at_prediction)
 
 
-def top_tokens(distributions: Tensor, count: int, always: int) -> list[int]:
+def top_tokens(distributions: Tensor, count: int, always: int, first: int = 1) -> list[int]:
     """
     The tokens worth showing of a walk: those that were likeliest after any step, the likeliest of the end first.
 
@@ -213,8 +220,9 @@ def top_tokens(distributions: Tensor, count: int, always: int) -> list[int]:
         distributions (`Tensor` of shape `(K + 1, V)`): at the start and after every step.
         count (`int`): how many.
         always (`int`): a token to show in any case.
+        first (`int`, *optional*, defaults to 1): the step from which on being likely counts; 0 counts the start.
     """
-    best = distributions[1:].max(0).values.topk(min(count, distributions.shape[1])).indices.tolist()
+    best = distributions[first:].max(0).values.topk(min(count, distributions.shape[1])).indices.tolist()
     if always not in best:
         best[-1] = always
     return sorted(best, key=lambda token: -float(distributions[-1, token]))

@@ -8,6 +8,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..configuration import ThinkingConfig
+from ..pipelines.perplexity import fewest_steps
 from ..pipelines.text_generation import room_for
 from ..reporting import of_steps
 from .parts import MOST_STEPS, ONE_AT_A_TIME, PRIVATE, about_model, as_message, gr, threads_for
@@ -38,6 +39,8 @@ def about_token(text: WatchedText, index: int, first: int) -> str:
     """One line on a token: its energy from the start to the end, and how sure the model ended up."""
     token = text.tokens[index]
     energies = f"energy {token.energies[first]:.4f} → {token.energies[-1]:.4f}"
+    if len(token.energies) == 1:
+        energies = f"energy {token.energies[0]:.4f}"
     if first:
         energies = f"energy {token.energies[0]:.4f} at the start; {LAST} {energies.removeprefix('energy ')}"
     return (
@@ -139,7 +142,14 @@ class TextTab:
         with gr.Row():
             with gr.Column(scale=1, min_width=300):
                 prompt = gr.Textbox("ROMEO:\n", label="Prompt", lines=3, elem_id="prompt")
-                steps = gr.Slider(1, MOST_STEPS, max(4, default), step=1, label="Thinking steps", elem_id="steps")
+                fewest = fewest_steps(self.model)
+                steps = gr.Slider(
+                    *(fewest, MOST_STEPS, max(4, default)),
+                    step=1,
+                    label="Thinking steps",
+                    info="0 is an ordinary language model: what thinking starts from." if fewest == 0 else None,
+                    elem_id="steps",
+                )
                 candidates = gr.Slider(1, MOST_CANDIDATES, 1, step=1, label="Candidates", elem_id="candidates")
                 new = gr.Slider(1, self._most_new, min(40, self._most_new), step=1, label="New tokens", elem_id="new")
                 temperature = gr.Slider(

@@ -153,6 +153,15 @@ class AdaptiveNormTest(EBTCommonTests, unittest.TestCase):
     }
 
 
+class ProposalTest(EBTCommonTests, unittest.TestCase):
+    """One landscape, and candidates that start at what the context predicts."""
+
+    variant = {
+        **{"step_conditioning": "none", "num_landscapes": 1, "thinking_steps": 2},
+        **{"candidate_init": "proposal", "update": "residual"},
+    }
+
+
 class EBTImageModelTester:
     """The same for images."""
 
