@@ -36,6 +36,8 @@ VARIANTS: dict[str, list[str]] = {
     "twin": TWIN,
     "s1": ["--step_size", "5", "--learning_rate", "2.4e-3"],
     "s2": ["--recipe", "s2", "--learning_rate", "2.4e-3"],
+    "s2-8": ["--recipe", "s2", "--random_steps", "2", "8", "--learning_rate", "2.4e-3"],
+    "s2-anchor": ["--recipe", "s2", "--candidate_anchor", "token", "--learning_rate", "5e-3"],
     "anchor": ["--candidate_anchor", "token", "--step_size", "5", "--learning_rate", "5e-3"],
     "proposal": ["--recipe", "proposal", "--learning_rate", "5e-3"],
     "twin-flops": TWIN,

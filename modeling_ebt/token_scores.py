@@ -30,8 +30,9 @@ class EBTTokenScores(ModelOutput):
     Args:
         loss (`torch.FloatTensor` of shape `()`): minus the sum of `log_probs` over the number of labels.
         log_probs (`torch.FloatTensor` of shape `(B, T)`):
-            Of every label; in training mode the mean over the thinking steps (recipe s1), so that their sum is the
-            recipe's objective, in evaluation mode that of the final prediction.
+            Of every label; in training mode the mean over the thinking steps (recipe s1; recipe proposal adds the
+            weighted one of the proposal), so that their sum is the recipe's objective, in evaluation mode that of the
+            final prediction.
         entropy (`torch.FloatTensor` of shape `(B, T)`, *optional*): of the final prediction, in nats.
         log_sum_sq_probs (`torch.FloatTensor` of shape `(B, T)`, *optional*):
             Logarithm of the sum of its squared probabilities, without gradient.
