@@ -61,6 +61,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     # not in the paper: the context stream predicts by itself, and a few steps on one landscape refine that
     "proposal": {
         "candidate_init": "proposal",
+        "candidate_init_std": 0.1,  # further candidates start near the proposal, or they would lose it
         "update": "residual",
         "step_conditioning": "none",
         "num_landscapes": 1,
