@@ -387,7 +387,9 @@ def test_the_card_of_the_shipped_model_is_written_from_what_is_recorded_beside_i
 def test_what_a_run_says_about_itself_is_found_in_its_files(tmp_path):
     shape = "hidden_size=16,intermediate_size=16,num_hidden_layers=1,num_attention_heads=2"
     options = "--use_cpu --disable_tqdm true --block_size 16 --max_steps 2 --max_train_samples 8 --max_eval_samples 2"
-    run_clm.main([*options.split(), "--output_dir", str(tmp_path / "run"), "--config_overrides", shape])
+    best = "--eval_strategy steps --eval_steps 1 --save_steps 1 --load_best_model_at_end true"  # as the shipped one
+    argv = [*options.split(), *best.split(), "--output_dir", str(tmp_path / "run"), "--config_overrides", shape]
+    run_clm.main(argv)
     facts = facts_of(tmp_path / "run")
     trained = json.loads((tmp_path / "run" / "all_results.json").read_text(encoding="utf-8"))
     assert facts.results["eval_loss"] == trained["eval_loss"] and "test_perplexity" in facts.results

@@ -128,6 +128,8 @@ def facts_of(run: Path) -> "CardFacts":
     command = shlex.join(["ebt", "train", "clm", "--output_dir", checkpoint_path().name, *COMMON, *EBT])
     about = RunFacts(data=DATA, command=command, license="apache-2.0", limits=list(LIMITS))
     arguments = torch.load(run / "training_args.bin", weights_only=False)  # our own file
+    arguments.eval_strategy = "no"  # nothing is trained here, so a Trainer needs no data to evaluate on
+    arguments.load_best_model_at_end = False
     trainer = EBTTrainer(AutoModelForCausalLM.from_pretrained(run), arguments, run_facts=about)
     trainer.state = TrainerState.load_from_json(str(run / TRAINER_STATE))
     facts = card_facts(trainer, checkpoint_path().name, {"language": "en"})
