@@ -10,7 +10,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import TrainOutput
 
 from ..modeling_ebt.thinking import training_start
-from .card_facts import is_image_model, thinks
+from .card_facts import is_image_model, predicts_at_start, thinks
 from .replay_buffer import REPLAYED, ReplayBuffer
 
 
@@ -25,7 +25,7 @@ def check_replay(model: nn.Module, args: TrainingArguments) -> None:
             f"`replay_buffer_size={size}` is for energy-based models of text, and {type(model).__name__} is none. Set "
             "it to 0."
         )
-    if size and getattr(getattr(model, "config", None), "starts_at_prediction", False):
+    if size and predicts_at_start(model):
         raise ValueError(
             f"`replay_buffer_size={size}` starts rows where an earlier descent of theirs ended, but this model starts "
             "at its own proposal (`candidate_init='proposal'`). Set it to 0."

@@ -16,7 +16,8 @@ from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import LlamaForCausalLM, PreTrainedConfig, PreTrainedModel, TrainingArguments
 
-from ebt_transformers import transformer_pp_config
+from ebt_transformers import ThinkingConfig, transformer_pp_config
+from ebt_transformers.pipelines.perplexity import losses_by_steps
 from ebt_transformers.training.card_measurements import count_flops
 
 
@@ -31,7 +32,7 @@ def thinks(model: PreTrainedModel) -> bool:
 
 def starts_with_prediction(config: PreTrainedConfig) -> bool:
     """Whether a descent starts at a prediction of the context stream, so that no step at all is a prediction too."""
-    return getattr(config, "candidate_init", None) == "proposal"
+    return getattr(config, "starts_at_prediction", False)  # a twin has no such thing
 
 
 def fewest_steps(config: PreTrainedConfig) -> int:
@@ -67,7 +68,7 @@ def batch_losses(model: PreTrainedModel, ids: Tensor, steps: Sequence[int], **th
         model (`PreTrainedModel`): an EBT in evaluation mode, or an ordinary model, for which `steps` is `[0]`.
         ids (`torch.LongTensor` of shape `(B, S)`): tokens.
         steps (sequence of `int`): numbers of steps. With one candidate they all come from the longest descent.
-        thinking: other options of thinking, of which `thinking_candidates` is needed.
+        thinking: other options of thinking, under their flat names.
 
     Returns:
         By number of steps, `(B, S - 1)` in nats.
@@ -75,20 +76,10 @@ def batch_losses(model: PreTrainedModel, ids: Tensor, steps: Sequence[int], **th
     if not thinks(model):
         logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
         return {0: F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")}
-    options = {"labels": ids, "use_cache": False, "loss_reduction": "none", **thinking}
-
-    def walk(count: int) -> Any:
-        return model(input_ids=ids, thinking_steps=count, **options)
-
-    most = max(steps)
-    found: dict[int, Tensor] = {}
-    if options["thinking_candidates"] == 1 and most > 0:
-        after = walk(most).step_losses
-        found = {count: after[count - 1] for count in steps if count}
-    # of several candidates another one may be the best after every step
-    found |= {count: walk(count).loss for count in steps if count not in found}
+    given = {"input_ids": ids, "labels": ids, "use_cache": False, "loss_reduction": "none"}
+    losses = losses_by_steps(model, given, steps, ThinkingConfig.from_value(thinking))
     # nothing is known of the token after the last
-    return {count: found[count][:, :-1] for count in steps}
+    return {count: of_tokens[:, :-1] for count, of_tokens in zip(steps, losses, strict=True)}
 
 
 @torch.no_grad()
