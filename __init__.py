@@ -12,7 +12,14 @@ from .registration import register_when_imported
 
 
 if TYPE_CHECKING:
-    from .configuration import PRESETS, EBTConfig, EBTImageConfig, ThinkingConfig, transformer_pp_config
+    from .configuration import (
+        PRESETS,
+        EBTConfig,
+        EBTImageConfig,
+        EnergyTransformerConfig,
+        ThinkingConfig,
+        transformer_pp_config,
+    )
     from .modeling_ebt import (
         EBTCausalLMOutputWithPast,
         EBTForCausalLM,
@@ -27,6 +34,15 @@ if TYPE_CHECKING:
     from .modeling_ebt.conversion_ebt import model_from_official, model_to_official
     from .modeling_ebt.image_processing_ebt import EBTImageProcessor
     from .modeling_ebt.upcycling_ebt import ebt_from_llama
+    from .modeling_et import (
+        EnergyTransformerClassifierOutput,
+        EnergyTransformerCompletionOutput,
+        EnergyTransformerForGraphClassification,
+        EnergyTransformerForImageCompletion,
+        EnergyTransformerForNodeClassification,
+        EnergyTransformerModel,
+        EnergyTransformerModelOutput,
+    )
     from .pipelines import (
         EnergyScoringPipeline,
         ImageDenoisingPipeline,
@@ -40,7 +56,14 @@ __version__ = "0.1.0"
 
 # where every public name lives
 _HOMES = {
-    ".configuration": ("PRESETS", "EBTConfig", "EBTImageConfig", "ThinkingConfig", "transformer_pp_config"),
+    ".configuration": (
+        "PRESETS",
+        "EBTConfig",
+        "EBTImageConfig",
+        "EnergyTransformerConfig",
+        "ThinkingConfig",
+        "transformer_pp_config",
+    ),
     ".modeling_ebt": (
         "EBTCausalLMOutputWithPast",
         "EBTForCausalLM",
@@ -55,6 +78,15 @@ _HOMES = {
     ".modeling_ebt.conversion_ebt": ("model_from_official", "model_to_official"),
     ".modeling_ebt.image_processing_ebt": ("EBTImageProcessor",),
     ".modeling_ebt.upcycling_ebt": ("ebt_from_llama",),
+    ".modeling_et": (
+        "EnergyTransformerClassifierOutput",
+        "EnergyTransformerCompletionOutput",
+        "EnergyTransformerForGraphClassification",
+        "EnergyTransformerForImageCompletion",
+        "EnergyTransformerForNodeClassification",
+        "EnergyTransformerModel",
+        "EnergyTransformerModelOutput",
+    ),
     ".pipelines": (
         "EnergyScoringPipeline",
         "ImageDenoisingPipeline",
@@ -99,6 +131,14 @@ __all__ = [
     "EBTTrainer",
     "EBTTrainingArguments",
     "EnergyScoringPipeline",
+    "EnergyTransformerClassifierOutput",
+    "EnergyTransformerCompletionOutput",
+    "EnergyTransformerConfig",
+    "EnergyTransformerForGraphClassification",
+    "EnergyTransformerForImageCompletion",
+    "EnergyTransformerForNodeClassification",
+    "EnergyTransformerModel",
+    "EnergyTransformerModelOutput",
     "ImageDenoisingPipeline",
     "ThinkingConfig",
     "ebt_from_llama",

@@ -60,18 +60,39 @@ class _ModelsOnDemand(UserDict):
 
 
 def _configs(auto: Any, ours: Any) -> None:
-    for config in (ours.EBTConfig, ours.EBTImageConfig):
+    for config in (ours.EBTConfig, ours.EBTImageConfig, ours.EnergyTransformerConfig):
         auto.AutoConfig.register(config.model_type, config, exist_ok=True)
 
 
 def _models(auto: Any, ours: Any) -> None:
-    text, image = ".modeling_ebt.modeling_ebt", ".modeling_ebt.modeling_ebt_image"
-    for auto_class, config, model in (
-        (auto.AutoModel, ours.EBTConfig, _NotImported(text, "EBTModel")),
-        (auto.AutoModelForCausalLM, ours.EBTConfig, _NotImported(text, "EBTForCausalLM")),
-        (auto.AutoModel, ours.EBTImageConfig, _NotImported(image, "EBTImageModel")),
-        (auto.AutoModelForImageToImage, ours.EBTImageConfig, _NotImported(image, "EBTForImageDenoising")),
+    text, image, energy = ".modeling_ebt.modeling_ebt", ".modeling_ebt.modeling_ebt_image", ".modeling_et"
+    for auto_class, config, home, name in (
+        (auto.AutoModel, ours.EBTConfig, text, "EBTModel"),
+        (auto.AutoModelForCausalLM, ours.EBTConfig, text, "EBTForCausalLM"),
+        (auto.AutoModel, ours.EBTImageConfig, image, "EBTImageModel"),
+        (auto.AutoModelForImageToImage, ours.EBTImageConfig, image, "EBTForImageDenoising"),
+        (auto.AutoModel, ours.EnergyTransformerConfig, energy, "EnergyTransformerModel"),
+        (
+            auto.AutoModelForMaskedImageModeling,
+            ours.EnergyTransformerConfig,
+            energy,
+            "EnergyTransformerForImageCompletion",
+        ),
+        # transformers has no Auto classes for graphs: nodes are tokens with labels, a graph is a sequence with one
+        (
+            auto.AutoModelForTokenClassification,
+            ours.EnergyTransformerConfig,
+            energy,
+            "EnergyTransformerForNodeClassification",
+        ),
+        (
+            auto.AutoModelForSequenceClassification,
+            ours.EnergyTransformerConfig,
+            energy,
+            "EnergyTransformerForGraphClassification",
+        ),
     ):
+        model = _NotImported(home, name)
         mapping = auto_class._model_mapping
         if not hasattr(mapping, "_extra_content"):  # some later transformers: its public way, which imports them now
             auto_class.register(config, model.take(), exist_ok=True)

@@ -15,6 +15,7 @@ SUBPACKAGES = (
     "metrics.psnr",
     "metrics.ssim",
     "modeling_ebt",
+    "modeling_et",
     "pipelines",
     "training",
     "web",

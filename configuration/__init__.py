@@ -2,6 +2,7 @@
 
 from .configuration_ebt import EBTConfig
 from .configuration_ebt_image import EBTImageConfig
+from .configuration_energy_transformer import EnergyTransformerConfig
 from .presets_ebt import PRESETS, RECIPES, Preset
 from .thinking_ebt import FLAT_THINKING_NAMES, ThinkingConfig
 from .twins import transformer_pp_config
@@ -13,6 +14,7 @@ __all__ = [
     "RECIPES",
     "EBTConfig",
     "EBTImageConfig",
+    "EnergyTransformerConfig",
     "Preset",
     "ThinkingConfig",
     "transformer_pp_config",

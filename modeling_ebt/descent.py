@@ -81,8 +81,13 @@ def energy_and_gradient(
     Energy of a candidate and its gradient with respect to the embedded candidate.
 
     Rows are independent of one another, so the gradient of the sum of all energies is every row's own gradient. Works
-    under `torch.no_grad()`; with `create_graph=False` both results are detached.
+    under `torch.no_grad()`; with `create_graph=False` both results are detached. An energy that knows its gradient in
+    closed form says so with a method `with_gradient(embedded, landscape) -> (energies, gradient)`.
     """
+    closed_form = getattr(energy, "with_gradient", None)
+    if closed_form is not None:
+        with torch.set_grad_enabled(create_graph):
+            return closed_form(space.embed(point), landscape)
     with torch.enable_grad():
         if create_graph:
             embedded = space.embed(point)

@@ -12,7 +12,13 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 
 MODEL_TAGS = ("ebt", "energy-based-model")  # what the Hub lists our models under
-HUB_TASKS = {"AutoModelForCausalLM": "text-generation", "AutoModelForImageToImage": "image-to-image"}
+HUB_TASKS = {
+    "AutoModelForCausalLM": "text-generation",
+    "AutoModelForImageToImage": "image-to-image",
+    "AutoModelForMaskedImageModeling": "image-to-image",  # the Hub knows no nearer task
+    "AutoModelForSequenceClassification": "graph-ml",
+    "AutoModelForTokenClassification": "graph-ml",
+}
 
 
 def own_class(model: PreTrainedModel) -> type[PreTrainedModel]:
