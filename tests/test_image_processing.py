@@ -75,7 +75,9 @@ def test_files_are_opened_upright_and_with_all_their_bits(tmp_path: Path) -> Non
     torch.testing.assert_close(found[0, 0], torch.tensor(deep / 32767.5 - 1, dtype=torch.float32), rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("grey", [PICTURE[..., 0], PICTURE[..., :1], Image.fromarray(PICTURE[..., 0])], ids=str)
+@pytest.mark.parametrize(
+    "grey", [PICTURE[..., 0], PICTURE[..., :1], Image.fromarray(PICTURE[..., 0])], ids=["plane", "one channel", "PIL"]
+)
 def test_grey_pictures_become_what_the_model_takes(grey: Any) -> None:
     assert pixels(grey).shape == (1, 3, 16, 24)
     assert torch.equal(pixels(grey)[:, 0], pixels(grey)[:, 2])
