@@ -43,14 +43,22 @@ if TYPE_CHECKING:
         EnergyTransformerModel,
         EnergyTransformerModelOutput,
     )
+    from .modeling_et.conversion_et import energy_transformer_from_official, energy_transformer_to_official
     from .pipelines import (
         EnergyScoringPipeline,
+        ImageCompletionPipeline,
         ImageDenoisingPipeline,
         generate_with_energies,
         perplexity_by_steps,
     )
     from .pipelines.diffusers_denoising import EBTDenoisingPipeline  # noqa: F401  public, but `import *` must not need diffusers
-    from .training import EBTImageTrainingArguments, EBTTrainer, EBTTrainingArguments
+    from .training import (
+        EBTImageTrainingArguments,
+        EBTTrainer,
+        EBTTrainingArguments,
+        EnergyTransformerTrainingArguments,
+        GraphCollator,
+    )
 
 __version__ = "0.1.0"
 
@@ -87,14 +95,22 @@ _HOMES = {
         "EnergyTransformerModel",
         "EnergyTransformerModelOutput",
     ),
+    ".modeling_et.conversion_et": ("energy_transformer_from_official", "energy_transformer_to_official"),
     ".pipelines": (
         "EnergyScoringPipeline",
+        "ImageCompletionPipeline",
         "ImageDenoisingPipeline",
         "generate_with_energies",
         "perplexity_by_steps",
     ),
     ".pipelines.diffusers_denoising": ("EBTDenoisingPipeline",),
-    ".training": ("EBTImageTrainingArguments", "EBTTrainer", "EBTTrainingArguments"),
+    ".training": (
+        "EBTImageTrainingArguments",
+        "EBTTrainer",
+        "EBTTrainingArguments",
+        "EnergyTransformerTrainingArguments",
+        "GraphCollator",
+    ),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
@@ -139,9 +155,14 @@ __all__ = [
     "EnergyTransformerForNodeClassification",
     "EnergyTransformerModel",
     "EnergyTransformerModelOutput",
+    "EnergyTransformerTrainingArguments",
+    "GraphCollator",
+    "ImageCompletionPipeline",
     "ImageDenoisingPipeline",
     "ThinkingConfig",
     "ebt_from_llama",
+    "energy_transformer_from_official",
+    "energy_transformer_to_official",
     "generate_with_energies",
     "model_from_official",
     "model_to_official",

@@ -329,6 +329,9 @@ def _train(argv: list[str]) -> int:
     kinds = {
         "clm": "a causal language model, or its Transformer++ twin, on text",
         "denoise": "a model that denoises images, or its Diffusion Transformer twin",
+        "complete": "an Energy Transformer that completes images, or its masked autoencoder twin",
+        "anomaly": "an Energy Transformer that finds anomalous nodes of a graph",
+        "graph": "an Energy Transformer that classifies graphs",
     }
     if not argv or argv[0] in ("-h", "--help"):
         print("usage: ebt train KIND [options]\n")
@@ -340,6 +343,12 @@ def _train(argv: list[str]) -> int:
         raise ValueError(f"Unknown kind of training {argv[0]!r}. Allowed: {allowed}.{_nearest(argv[0], list(kinds))}")
     if argv[0] == "denoise":
         from .training.run_denoise import main as run
+    elif argv[0] == "complete":
+        from .training.run_complete import main as run
+    elif argv[0] == "anomaly":
+        from .training.run_anomaly import main as run
+    elif argv[0] == "graph":
+        from .training.run_graph import main as run
     else:
         from .training.run_clm import main as run
 
@@ -348,12 +357,29 @@ def _train(argv: list[str]) -> int:
 
 
 def _convert(argv: list[str]) -> int:
-    positional = {"checkpoint": "Official checkpoint file (.ckpt).", "output": "Folder to write, new or empty."}
+    positional = {
+        "checkpoint": "Official checkpoint file (.ckpt; of the Energy Transformer .npz).",
+        "output": "Folder to write, new or empty.",
+    }
     arguments, given = _parse("convert", ConvertArguments, argv, positional)
     if not Path(given.checkpoint).is_file():
         raise FileNotFoundError(f"There is no checkpoint file {given.checkpoint}.")
     from .modeling_ebt.conversion_ebt import convert_checkpoint
+    from .modeling_et.conversion_et import convert_energy_transformer, is_archive, is_flax
 
+    if Path(given.checkpoint).suffix == ".npz" or is_archive(given.checkpoint) or is_flax(given.checkpoint):
+        if arguments.tokenizer is not None:
+            raise ValueError(
+                "--tokenizer has an effect on text models only; an Energy Transformer here is for images."
+            )
+        config = convert_energy_transformer(given.checkpoint, given.output).config
+        height, width = config.height_and_width
+        print(
+            f"Saved to {given.output}: an Energy Transformer for images of {height} x {width} pixels in patches of "
+            f"{config.patch_size} (width {config.hidden_size}, {config.num_attention_heads} heads, "
+            f"{config.num_memories} memories), and an image processor."
+        )
+        return 0
     convert_checkpoint(given.checkpoint, given.output, tokenizer=arguments.tokenizer)
     print(f"Saved to {given.output}.")
     return 0
@@ -423,7 +449,7 @@ COMMANDS = {
     "generate": Command("continue a text", _generate),
     "score": Command("score texts by energy and likelihood, or rank continuations", _score),
     "denoise": Command("denoise pictures", _denoise),
-    "train": Command("train a model (ebt train clm, ebt train denoise)", _train, own_debug=True),
+    "train": Command("train a model (ebt train --help lists the kinds)", _train, own_debug=True),
     "convert": Command("turn an official checkpoint into one that from_pretrained() loads", _convert),
     "benchmark": Command("run a benchmark of this repository", _benchmark, own_debug=True),
     "lm_eval": Command("run the lm-evaluation-harness, which then knows our models", _lm_eval, own_debug=True),

@@ -103,18 +103,19 @@ def _models(auto: Any, ours: Any) -> None:
 
 
 def _image_processors(auto: Any, ours: Any) -> None:
-    from .configuration import EBTImageConfig
+    from .configuration import EBTImageConfig, EnergyTransformerConfig
 
     with suppress(ImportError):  # in some versions of transformers the Auto class itself needs pillow or torchvision
-        auto.AutoImageProcessor.register(
-            EBTImageConfig, image_processor_classes={"pil": ours.EBTImageProcessor}, exist_ok=True
-        )
+        for config in (EBTImageConfig, EnergyTransformerConfig):
+            auto.AutoImageProcessor.register(
+                config, image_processor_classes={"pil": ours.EBTImageProcessor}, exist_ok=True
+            )
 
 
 def _pipelines(pipelines: Any, ours: Any) -> None:
     import transformers
 
-    for kind in (ours.EnergyScoringPipeline, ours.ImageDenoisingPipeline):
+    for kind in (ours.EnergyScoringPipeline, ours.ImageCompletionPipeline, ours.ImageDenoisingPipeline):
         auto_class = getattr(transformers, kind.AUTO_MODEL)
         pipelines.PIPELINE_REGISTRY.register_pipeline(
             kind.TASK, pipeline_class=kind, pt_model=auto_class, type=kind.INPUT_TYPE

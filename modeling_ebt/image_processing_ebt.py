@@ -40,6 +40,7 @@ class EBTImageProcessorKwargs(TypedDict, total=False):
     do_resize: bool | None
     size: int | list[int] | tuple[int, ...] | dict[str, int] | SizeDict | None
     resample: int | None
+    keep_aspect_ratio: bool | None
     do_center_crop: bool | None
     crop_size: int | list[int] | tuple[int, ...] | dict[str, int] | SizeDict | None
     do_rescale: bool | None
@@ -68,6 +69,9 @@ class EBTImageProcessor(PilBackend):
             To which size: one number for both sides, `[height, width]`, `{"height": ..., "width": ...}`, or
             `{"shortest_edge": ...}` (also with `"longest_edge"`), which keeps the proportions.
         resample (`int`, *optional*, defaults to 3): A `PIL.Image.Resampling`; 3 is bicubic.
+        keep_aspect_ratio (`bool`, *optional*, defaults to `False`):
+            Whether resizing to a height and a width keeps the proportions: the picture then becomes just large enough
+            to cover that size, for `do_center_crop` to cut the rest off.
         do_center_crop (`bool`, *optional*, defaults to `False`): Whether to cut out the middle, after resizing.
         crop_size (`int`, `list[int]` or `dict`, *optional*): Its height and width.
         do_rescale (`bool`, *optional*, defaults to `True`):
@@ -118,6 +122,7 @@ class EBTImageProcessor(PilBackend):
 
     do_resize = False
     resample = BICUBIC
+    keep_aspect_ratio = False
     do_center_crop = False
     do_rescale = True
     rescale_factor = 1 / 255
@@ -144,9 +149,11 @@ class EBTImageProcessor(PilBackend):
     ) -> "EBTImageProcessor":
         """
         The processor of a model: its patch size and channels; those of the pictures, where the model works on latents.
+        Pictures for an Energy Transformer are resized to cover the model's `image_size`, and the middle is cut out:
+        its positions belong to one size.
 
         Args:
-            config ([`EBTImageConfig`]): the model's.
+            config ([`EBTImageConfig`] or [`EnergyTransformerConfig`]): the model's.
             vae_scale_factor (`int`, *optional*, defaults to 8): pixels a side for each latent; counts for models with
                 `vae_name_or_path` only.
             options: of the processor; they win.
@@ -160,8 +167,12 @@ class EBTImageProcessor(PilBackend):
         4
         ```
         """
-        of_model = {"patch_size": config.patch_size, "num_channels": config.num_channels}
-        if config.vae_name_or_path is not None:
+        of_model: dict[str, Any] = {"patch_size": config.patch_size, "num_channels": config.num_channels}
+        if config.model_type == "energy_transformer":
+            size = dict(zip(("height", "width"), config.height_and_width, strict=True))
+            of_model |= {"do_resize": True, "size": size, "keep_aspect_ratio": True}
+            of_model |= {"do_center_crop": True, "crop_size": size}
+        elif config.vae_name_or_path is not None:
             of_model = {"patch_size": config.patch_size * vae_scale_factor, "num_channels": 3}
         return cls(**{**of_model, **options})
 
@@ -407,6 +418,7 @@ class EBTImageProcessor(PilBackend):
         do_resize: bool,
         size: SizeDict | None,
         resample: int | None,
+        keep_aspect_ratio: bool,
         do_center_crop: bool,
         crop_size: SizeDict | None,
         do_normalize: bool,
@@ -422,7 +434,7 @@ class EBTImageProcessor(PilBackend):
         processed, sizes = [], []
         for image in images:
             if do_resize and size is not None:
-                image = self.resize(image, size, resample)
+                image = self.resize(image, self._covering(image, size) if keep_aspect_ratio else size, resample)
             if do_center_crop and crop_size is not None:
                 image = self._cut_middle(image, crop_size)
             height, width = image.shape[-2:]
@@ -449,6 +461,15 @@ class EBTImageProcessor(PilBackend):
         if do_pad:
             data["original_sizes"] = sizes
         return BatchFeature(data, tensor_type=return_tensors)
+
+    @staticmethod
+    def _covering(image: np.ndarray, size: SizeDict) -> SizeDict:
+        """The smallest size of an image's proportions that is nowhere smaller than another size."""
+        if not size.height or not size.width:
+            raise ValueError(f"`keep_aspect_ratio` needs a `size` of `height` and `width`, got {dict(size)}.")
+        height, width = image.shape[-2:]
+        factor = max(size.height / height, size.width / width)
+        return SizeDict(height=max(size.height, round(height * factor)), width=max(size.width, round(width * factor)))
 
     @staticmethod
     def _cut_middle(image: np.ndarray, size: SizeDict) -> np.ndarray:

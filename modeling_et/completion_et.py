@@ -14,6 +14,7 @@ from transformers.utils import can_return_tuple
 
 from .checks import check_image_values, check_images
 from .configuration_energy_transformer import EnergyTransformerConfig
+from .energies import precise
 from .outputs_et import EnergyTransformerCompletionOutput
 from .thinking_ebt import ThinkingConfig
 from .transformer_et import EnergyTransformerModel, EnergyTransformerPreTrainedModel
@@ -168,7 +169,7 @@ class EnergyTransformerForImageCompletion(EnergyTransformerPreTrainedModel):
     def _decode(self, tokens: Tensor) -> Tensor:
         """Tokens (..., 1 + N, D) to the pixels of patches (..., N, C * P * P)."""
         normed = self.model.norm(tokens[..., 1:, :])
-        return self.decoder(normed.to(self.decoder.weight.dtype)).float()
+        return precise(self.decoder(normed.to(self.decoder.weight.dtype)))
 
     def _join(self, patches: Tensor) -> Tensor:
         """Pixels of patches (B, N, C * P * P) as images (B, C, H, W)."""

@@ -4,11 +4,38 @@ Products along the edges of a graph, with torch's sparse matrices: memory and ti
 Shapes: ``E`` edges, ``N`` tokens, ``Y`` numbers for each. An edge leads from a row (the query) to a column (the key).
 """
 
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+
+# said once in every process; what may change in it is known to the tests
+warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta state")
+
+
+def check_edge_index(edge_index: Tensor, count: int) -> None:
+    """
+    Raises for edges that are none.
+
+    Args:
+        edge_index (`torch.LongTensor` of shape `(2, E)`): the edges.
+        count (`int`): how many tokens there are [N].
+
+    Raises:
+        ValueError: for another shape, numbers that are no integers, and tokens that do not exist.
+    """
+    if edge_index.dim() != 2 or len(edge_index) != 2:
+        raise ValueError(f"`edge_index` must have shape (2, edges), got {tuple(edge_index.shape)}.")
+    if edge_index.is_floating_point() or edge_index.dtype == torch.bool:
+        raise ValueError(f"`edge_index` must hold integers, got {edge_index.dtype}.")
+    if edge_index.numel() and not 0 <= int(edge_index.min()) <= int(edge_index.max()) < count:
+        raise ValueError(
+            f"`edge_index` must name tokens (nodes) from 0 to {count - 1}, got {int(edge_index.min())} to "
+            f"{int(edge_index.max())}."
+        )
 
 
 @dataclass(frozen=True)
@@ -78,6 +105,11 @@ class Edges:
         return _Sum.apply(values, queries, self, True)
 
 
+def _as_they_are(tokens: Tensor) -> torch.autocast:
+    """Mixed precision would halve the factors, and sparse products know no half precision."""
+    return torch.autocast(tokens.device.type, enabled=False)
+
+
 class _Scores(torch.autograd.Function):
     """Entries of `queries @ keys.T` where there are edges."""
 
@@ -85,11 +117,14 @@ class _Scores(torch.autograd.Function):
     def forward(ctx: Any, queries: Tensor, keys: Tensor, edges: Edges) -> Tensor:
         ctx.save_for_backward(queries, keys)
         ctx.edges = edges
+        if len(edges.rows) > len(queries) * len(keys):  # torch makes no sparse matrix with more entries than places
+            return (queries[edges.rows] * keys[edges.columns]).sum(-1)
         empty = edges.by_row.matrix(queries.new_zeros(len(edges.columns)))
-        return torch.sparse.sampled_addmm(empty, queries, keys.T, beta=0.0).values()
+        with _as_they_are(queries):
+            return torch.sparse.sampled_addmm(empty, queries, keys.T, beta=0.0).values()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         queries, keys = ctx.saved_tensors
         return ctx.edges.gather(grad, keys), ctx.edges.scatter(grad, queries), None
 
@@ -101,12 +136,12 @@ class _Sum(torch.autograd.Function):
     def forward(ctx: Any, values: Tensor, tokens: Tensor, edges: Edges, transposed: bool) -> Tensor:
         ctx.save_for_backward(values, tokens)
         ctx.edges, ctx.transposed = edges, transposed
-        if transposed:
-            return edges.by_column.matrix(values[edges.turned]) @ tokens
-        return edges.by_row.matrix(values) @ tokens
+        matrix = edges.by_column.matrix(values[edges.turned]) if transposed else edges.by_row.matrix(values)
+        with _as_they_are(tokens):
+            return matrix @ tokens
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
         values, tokens = ctx.saved_tensors
         edges = ctx.edges
         if ctx.transposed:
@@ -114,4 +149,4 @@ class _Sum(torch.autograd.Function):
         return edges.scores(grad, tokens), edges.scatter(values, grad), None, None
 
 
-__all__ = ["Edges", "SparseLayout"]
+__all__ = ["Edges", "SparseLayout", "check_edge_index"]

@@ -29,7 +29,7 @@ class EnergyLayerNorm(nn.Module):
     def __init__(self, config: EnergyTransformerConfig) -> None:
         super().__init__()
         self.eps = config.layer_norm_eps
-        self.gain = nn.Parameter(torch.ones(()))
+        self.gain = nn.Parameter(torch.ones(1))  # an axis, because sharded training takes no scalar parameters
         self.bias = nn.Parameter(torch.zeros(config.hidden_size))
 
     def forward(self, hidden: Tensor) -> Tensor:
@@ -41,7 +41,7 @@ class EnergyLayerNorm(nn.Module):
     def lagrangian(self, hidden: Tensor) -> Tensor:
         """The function of every token, (..., D) -> (...), whose gradient `forward` is."""
         deviation = (hidden.var(-1, correction=0) + self.eps).sqrt()
-        return hidden.shape[-1] * self.gain * deviation + (hidden * self.bias).sum(-1)
+        return hidden.shape[-1] * self.gain[0] * deviation + (hidden * self.bias).sum(-1)
 
 
 @dataclass(frozen=True)
@@ -125,8 +125,10 @@ class EnergyAttention(nn.Module):
             `normed`, or None.
         """
         normed = normed.to(self.key.dtype)
-        run = self._along_edges if isinstance(pattern, EdgePattern) else self._dense
-        energy, mixed = run(normed, pattern, with_gradient)  # type: ignore[operator]
+        if isinstance(pattern, EdgePattern):
+            energy, mixed = self._along_edges(normed, pattern, with_gradient)
+        else:
+            energy, mixed = self._dense(normed, pattern, with_gradient)
         if mixed is None:
             return energy, None
         as_query, as_key = mixed
@@ -139,7 +141,7 @@ class EnergyAttention(nn.Module):
     ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
         keys = torch.einsum("bnd,hyd->bhny", normed, self.key)
         queries = torch.einsum("bnd,hyd->bhny", normed, self.query)
-        logits = self.beta * _precise(queries @ keys.transpose(-1, -2))
+        logits = self.beta * precise(queries @ keys.transpose(-1, -2))
         if pattern.weights is not None:
             logits = logits * pattern.weights
         if pattern.allowed is not None:
@@ -161,8 +163,8 @@ class EnergyAttention(nn.Module):
     ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
         edges, heads, width = pattern.edges, len(self.key), self.key.shape[1]
         # sparse products know no half precision
-        keys = _precise(torch.einsum("nd,hyd->hny", normed, self.key)).reshape(-1, width)
-        queries = _precise(torch.einsum("nd,hyd->hny", normed, self.query)).reshape(-1, width)
+        keys = precise(torch.einsum("nd,hyd->hny", normed, self.key)).reshape(-1, width)
+        queries = precise(torch.einsum("nd,hyd->hny", normed, self.query)).reshape(-1, width)
         logits = self.beta * edges.scores(queries, keys)
         if pattern.weights is not None:
             logits = logits * pattern.weights
@@ -186,8 +188,11 @@ class EnergyAttention(nn.Module):
         return torch.where(total > 0, energy, torch.zeros_like(energy))
 
 
-def _precise(numbers: Tensor) -> Tensor:
-    """Energies are sums of many numbers: in half precision their changes would be lost."""
+def precise(numbers: Tensor) -> Tensor:
+    """
+    Numbers in single precision, or in double if they are. Energies are sums of many: in half precision their changes
+    would be lost.
+    """
     return numbers.to(torch.promote_types(numbers.dtype, torch.float32))
 
 
@@ -221,7 +226,7 @@ class HopfieldMemory(nn.Module):
         Returns:
             Energy of every token, `(..., N)` in float32, and the gradient, shaped as `normed`, or None.
         """
-        overlaps = _precise(normed.to(self.patterns.dtype) @ self.patterns.T)
+        overlaps = precise(normed.to(self.patterns.dtype) @ self.patterns.T)
         if self.kind == "softmax":
             energy = -(self.beta * overlaps).logsumexp(-1) / self.beta
             recalled = (self.beta * overlaps).softmax(-1) if with_gradient else None
@@ -282,4 +287,5 @@ __all__ = [
     "EnergyTransformerBlock",
     "HopfieldMemory",
     "Pattern",
+    "precise",
 ]

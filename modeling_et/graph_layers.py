@@ -10,7 +10,74 @@ from torch.nn import functional
 from transformers import initialization as init
 
 from .configuration_energy_transformer import EnergyTransformerConfig
-from .energies import EnergyLayerNorm
+from .edges import check_edge_index
+from .energies import EnergyLayerNorm, precise
+
+
+class NodePositions(nn.Linear):
+    """
+    Eigenvectors of a graph's Laplacian to tokens. It starts small.
+
+    A class of its own, because transformers initialises every parameter once, by the module that owns it.
+    """
+
+
+class LearnedPositions(nn.Embedding):
+    """A vector for each node of one graph. They start small."""
+
+
+class EdgeFactors(nn.Linear):
+    """Numbers to a factor for each head, 1 at the start whatever they are. A class of its own as [`NodePositions`]."""
+
+
+def init_graph_layer(module: nn.Module, spread: float) -> bool:
+    """
+    The start of a layer that does not start as others do.
+
+    Args:
+        module (`nn.Module`): any layer.
+        spread (`float`): of small numbers.
+
+    Returns:
+        `bool`: whether it was such a layer.
+    """
+    if isinstance(module, EdgeFactors):
+        init.zeros_(module.weight)
+        init.ones_(module.bias)
+    elif isinstance(module, (NodePositions, LearnedPositions)):
+        init.normal_(module.weight, mean=0.0, std=spread)
+    else:
+        return False
+    return True
+
+
+def check_edges(config: EnergyTransformerConfig, edge_index: Tensor, features: Tensor | None, nodes: int) -> None:
+    """
+    Raises for edges and features of edges that a head cannot use.
+
+    Args:
+        config ([`EnergyTransformerConfig`]): says which features there are.
+        edge_index (`torch.LongTensor` of shape `(2, E)`): the edges.
+        features (`torch.FloatTensor` of shape `(E, F)`, *optional*): of every edge.
+        nodes (`int`): how many there are.
+
+    Raises:
+        ValueError: for the wrong shape or range, and for features that are missing, superfluous or not finite.
+    """
+    check_edge_index(edge_index, nodes)
+    if features is None:
+        if config.num_edge_features:
+            raise ValueError(
+                f"`edge_features` is missing, but the model has `num_edge_features={config.num_edge_features}`."
+            )
+        return
+    if not config.num_edge_features:
+        raise ValueError("`edge_features` was given, but the model has `num_edge_features=0`.")
+    expected = (edge_index.shape[1], config.num_edge_features)
+    if tuple(features.shape) != expected:
+        raise ValueError(f"`edge_features` must have shape {expected}: edges, features; got {tuple(features.shape)}.")
+    if not bool(torch.isfinite(features).all()):
+        raise ValueError("`edge_features` holds values that are not finite (NaN or infinity).")
 
 
 class NodeTokens(nn.Module):
@@ -29,9 +96,9 @@ class NodeTokens(nn.Module):
         self.features = nn.Linear(config.num_node_features, config.hidden_size)
         self.positions: nn.Module | None = None
         if config.position_embedding == "laplacian":
-            self.positions = nn.Linear(config.num_positions or 1, config.hidden_size, bias=False)
+            self.positions = NodePositions(config.num_positions or 1, config.hidden_size, bias=False)
         elif config.position_embedding == "learned":
-            self.positions = nn.Embedding(config.num_positions or 1, config.hidden_size)
+            self.positions = LearnedPositions(config.num_positions or 1, config.hidden_size)
 
     def forward(self, features: Tensor, positions: Tensor | None, graph_index: Tensor | None) -> Tensor:
         """
@@ -69,7 +136,7 @@ class NodeTokens(nn.Module):
                     f"The model learned positions of the {config.num_positions} nodes of its graph, got "
                     f"{len(features)} nodes."
                 )
-            return tokens + self.positions.weight  # type: ignore[operator]
+            return tokens + self.positions.weight
         if tuple(positions.shape) != (len(features), config.num_positions):
             raise ValueError(
                 f"`positions` must have shape ({len(features)}, {config.num_positions}): nodes, eigenvectors; got "
@@ -80,12 +147,6 @@ class NodeTokens(nn.Module):
             signs = torch.randint(0, 2, (graphs, positions.shape[1]), device=positions.device) * 2 - 1
             positions = positions * (signs if graph_index is None else signs[graph_index])
         return tokens + self.positions(positions.to(tokens.dtype))
-
-    def init_positions(self) -> None:
-        """Positions start small."""
-        if self.positions is not None:
-            spread = self.config.attention_initializer_range
-            init.normal_(self.positions.weight, mean=0.0, std=spread)  # type: ignore[arg-type]
 
 
 class EdgeModulation(nn.Module):
@@ -103,19 +164,11 @@ class EdgeModulation(nn.Module):
 
     def __init__(self, config: EnergyTransformerConfig) -> None:
         super().__init__()
-        self.num_edge_features = config.num_edge_features
         self.norm = EnergyLayerNorm(config)
-        self.pair = nn.Linear(config.hidden_size, config.num_attention_heads)
+        self.pair = EdgeFactors(config.hidden_size, config.num_attention_heads)
         self.features: nn.Module | None = None
         if config.num_edge_features:
-            self.features = nn.Linear(config.num_edge_features, config.num_attention_heads)
-
-    def init_as_ones(self) -> None:
-        """All factors are 1 at the start."""
-        for layer in (self.pair, self.features):
-            if layer is not None:
-                init.zeros_(layer.weight)  # type: ignore[arg-type]
-                init.ones_(layer.bias)  # type: ignore[arg-type]
+            self.features = EdgeFactors(config.num_edge_features, config.num_attention_heads)
 
     def forward(self, tokens: Tensor, edge_index: Tensor, features: Tensor | None) -> Tensor:
         """
@@ -126,18 +179,10 @@ class EdgeModulation(nn.Module):
                 nodes and their graph's CLS token, have none.
 
         Returns:
-            Factors `(E, H)`.
-
-        Raises:
-            ValueError: for features of the wrong shape, or missing ones.
+            Factors `(E, H)`, all of them 1 at the start.
         """
         normed = self.norm(tokens)
         factors = self.pair(normed[edge_index[0]] * normed[edge_index[1]])
-        if (features is None) != (self.features is None):
-            raise ValueError(
-                f"`edge_features` {'is missing' if features is None else 'was given'}, but the model has "
-                f"`num_edge_features={self.num_edge_features}`."
-            )
         if features is None or self.features is None:
             return factors
         given = self.features(features.to(factors.dtype))
@@ -196,11 +241,21 @@ def classification_loss(
                 f"`class_weights` must hold {logits.shape[1]} numbers, one for each label, got "
                 f"{len(config.class_weights)}."
             )
-        weights = torch.tensor(config.class_weights, dtype=torch.float32, device=logits.device)
+        weights = torch.tensor(config.class_weights, dtype=precise(logits).dtype, device=logits.device)
     total = functional.cross_entropy(
-        logits.float(), labels, weight=weights, reduction="sum", label_smoothing=float(config.label_smoothing)
+        precise(logits), labels, weight=weights, reduction="sum", label_smoothing=float(config.label_smoothing)
     )
     return total / (len(counted) if num_items_in_batch is None else num_items_in_batch)
 
 
-__all__ = ["EdgeModulation", "NodeTokens", "Readout", "classification_loss"]
+__all__ = [
+    "EdgeFactors",
+    "EdgeModulation",
+    "LearnedPositions",
+    "NodePositions",
+    "NodeTokens",
+    "Readout",
+    "check_edges",
+    "classification_loss",
+    "init_graph_layer",
+]

@@ -12,7 +12,8 @@ from transformers import initialization as init
 from transformers.utils import can_return_tuple
 
 from .configuration_energy_transformer import EnergyTransformerConfig
-from .graph_layers import EdgeModulation, NodeTokens, Readout, classification_loss
+from .energies import precise
+from .graph_layers import EdgeModulation, NodeTokens, Readout, check_edges, classification_loss, init_graph_layer
 from .outputs_et import EnergyTransformerClassifierOutput
 from .thinking_ebt import ThinkingConfig
 from .transformer_et import EnergyTransformerModel, EnergyTransformerPreTrainedModel
@@ -62,13 +63,10 @@ class EnergyTransformerForGraphClassification(EnergyTransformerPreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
+        if not init_graph_layer(module, self.config.attention_initializer_range or 0.0):
+            super()._init_weights(module)
         if module is self:
             init.normal_(self.cls_token, mean=0.0, std=self.config.initializer_range)
-        elif isinstance(module, NodeTokens):
-            module.init_positions()
-        elif isinstance(module, EdgeModulation):
-            module.init_as_ones()
 
     @can_return_tuple
     def forward(
@@ -110,6 +108,7 @@ class EnergyTransformerForGraphClassification(EnergyTransformerPreTrainedModel):
         """
         nodes = self.nodes(node_features, positions, graph_index)
         graphs = torch.zeros(len(nodes), dtype=torch.long, device=nodes.device) if graph_index is None else graph_index
+        check_edges(self.config, edge_index, edge_features, len(nodes))
         count = _count_graphs(graphs, len(nodes), edge_index)
         tokens = torch.cat([nodes, self.cls_token.to(nodes.dtype).expand(count, -1)])
         members = torch.arange(len(nodes), device=nodes.device)
@@ -119,8 +118,6 @@ class EnergyTransformerForGraphClassification(EnergyTransformerPreTrainedModel):
         weights = None
         if self.modulation is not None:
             weights = self.modulation(tokens, edges, edge_features)
-        elif edge_features is not None:
-            raise ValueError("`edge_features` was given, but the model has `edge_modulation='none'`.")
         walked = self.model(
             inputs_embeds=tokens,
             edge_index=edges,
@@ -133,7 +130,7 @@ class EnergyTransformerForGraphClassification(EnergyTransformerPreTrainedModel):
             **kwargs,
         )
         found = self.model.norm(walked.last_hidden_state[len(nodes) :])
-        logits = self.classifier(found.to(nodes.dtype)).float()
+        logits = precise(self.classifier(found.to(nodes.dtype)))
         loss = None
         if labels is not None:
             loss = classification_loss(self.config, logits, labels, num_items_in_batch)
@@ -155,13 +152,6 @@ def _count_graphs(graphs: Tensor, nodes: int, edge_index: Tensor) -> int:
     found = torch.unique(graphs)
     if not torch.equal(found, torch.arange(len(found), device=graphs.device)):
         raise ValueError("`graph_index` must number the graphs from 0 without gaps; a graph has at least one node.")
-    if edge_index.dim() != 2 or len(edge_index) != 2:
-        raise ValueError(f"`edge_index` must have shape (2, edges), got {tuple(edge_index.shape)}.")
-    if edge_index.numel() and not 0 <= int(edge_index.min()) <= int(edge_index.max()) < nodes:
-        raise ValueError(
-            f"`edge_index` must name nodes from 0 to {nodes - 1}, got {int(edge_index.min())} to "
-            f"{int(edge_index.max())}."
-        )
     if bool((graphs[edge_index[0]] != graphs[edge_index[1]]).any()):
         raise ValueError("`edge_index` has edges between nodes of different graphs.")
     return len(found)

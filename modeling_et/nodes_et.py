@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from transformers.utils import can_return_tuple
 
 from .configuration_energy_transformer import EnergyTransformerConfig
-from .graph_layers import EdgeModulation, NodeTokens, Readout, classification_loss
+from .energies import precise
+from .graph_layers import EdgeModulation, NodeTokens, Readout, check_edges, classification_loss, init_graph_layer
 from .outputs_et import EnergyTransformerClassifierOutput
 from .thinking_ebt import ThinkingConfig
 from .transformer_et import EnergyTransformerModel, EnergyTransformerPreTrainedModel
@@ -54,11 +55,8 @@ class EnergyTransformerForNodeClassification(EnergyTransformerPreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if isinstance(module, NodeTokens):
-            module.init_positions()
-        elif isinstance(module, EdgeModulation):
-            module.init_as_ones()
+        if not init_graph_layer(module, self.config.attention_initializer_range or 0.0):
+            super()._init_weights(module)
 
     @can_return_tuple
     def forward(
@@ -102,16 +100,16 @@ class EnergyTransformerForNodeClassification(EnergyTransformerPreTrainedModel):
         """
         batched = node_features.dim() == 3
         if batched:
-            given = (node_features, edge_index, edge_features, edge_type, positions, graph_index, labels)
-            node_features, edge_index, edge_features, edge_type, positions, graph_index, labels = (
+            node_features, edge_index = _only(node_features), _only(edge_index)
+            given = (edge_features, edge_type, positions, graph_index, labels)
+            edge_features, edge_type, positions, graph_index, labels = (
                 None if each is None else _only(each) for each in given
-            )  # type: ignore[assignment]
+            )
         start = self.nodes(node_features, positions, graph_index)
+        check_edges(self.config, edge_index, edge_features, len(start))
         weights = None
         if self.modulation is not None:
             weights = self.modulation(start, edge_index, edge_features)
-        elif edge_features is not None:
-            raise ValueError("`edge_features` was given, but the model has `edge_modulation='none'`.")
         walked = self.model(
             inputs_embeds=start,
             edge_index=edge_index,
@@ -123,9 +121,9 @@ class EnergyTransformerForNodeClassification(EnergyTransformerPreTrainedModel):
             output_trajectory=output_trajectory,
             **kwargs,
         )
-        first = self.model.blocks[0].norm(start.to(walked.last_hidden_state.dtype))  # type: ignore[operator]
+        first = self.model.stack[0].norm(start.to(walked.last_hidden_state.dtype))
         found = torch.cat([first, self.model.norm(walked.last_hidden_state)], dim=-1)
-        logits = self.classifier(found.to(start.dtype)).float()
+        logits = precise(self.classifier(found.to(start.dtype)))
         loss = None
         if labels is not None:
             loss = classification_loss(self.config, logits, labels, num_items_in_batch)

@@ -21,10 +21,10 @@ class EnergyTransformerModelOutput(ModelOutput):
             at the start and after every step; with `output_trajectory=True`.
     """
 
-    last_hidden_state: torch.FloatTensor | None = None
-    energies: torch.FloatTensor | None = None
-    steps_taken: torch.LongTensor | None = None
-    trajectory: torch.FloatTensor | None = None
+    last_hidden_state: torch.Tensor | None = None
+    energies: torch.Tensor | None = None
+    steps_taken: torch.Tensor | None = None
+    trajectory: torch.Tensor | None = None
 
 
 @dataclass
@@ -42,11 +42,11 @@ class EnergyTransformerCompletionOutput(ModelOutput):
             and after every step; with `output_trajectory=True`.
     """
 
-    loss: torch.FloatTensor | None = None
-    reconstruction: torch.FloatTensor | None = None
-    energies: torch.FloatTensor | None = None
-    steps_taken: torch.LongTensor | None = None
-    trajectory: torch.FloatTensor | None = None
+    loss: torch.Tensor | None = None
+    reconstruction: torch.Tensor | None = None
+    energies: torch.Tensor | None = None
+    steps_taken: torch.Tensor | None = None
+    trajectory: torch.Tensor | None = None
 
 
 @dataclass
@@ -65,11 +65,11 @@ class EnergyTransformerClassifierOutput(ModelOutput):
             every step; with `output_trajectory=True`.
     """
 
-    loss: torch.FloatTensor | None = None
-    logits: torch.FloatTensor | None = None
-    energies: torch.FloatTensor | None = None
-    steps_taken: torch.LongTensor | None = None
-    trajectory: torch.FloatTensor | None = None
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    energies: torch.Tensor | None = None
+    steps_taken: torch.Tensor | None = None
+    trajectory: torch.Tensor | None = None
 
 
 __all__ = [

@@ -92,13 +92,13 @@ def resolve_thinking(
         )
     step_size = float(config.step_size if called.step_size is None else called.step_size)
     noise = (config.noise_std if training else 0.0) if called.noise_std is None else called.noise_std
-    seed = 0 if called.seed is None else called.seed
+    seed = (-1 if training else 0) if called.seed is None else called.seed
     return Thinking(
         step_sizes=[step_size * factor for factor in scales],
         noise_std=float(noise),
         accept_only_lower_energy=bool(called.accept_only_lower_energy),
         stop=StopRules(tolerance=called.tolerance, target_energy=called.target_energy),
-        seed=-1 if training else seed,
+        seed=seed,
     )
 
 

@@ -7,9 +7,9 @@ Shapes: ``B`` samples, ``N`` tokens, ``D`` width, ``H`` heads, ``E`` edges, ``S`
 import inspect
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from transformers.utils import can_return_tuple
 from .checks import check_energies
 from .configuration_energy_transformer import EnergyTransformerConfig
 from .descent import StopRules, descend
+from .edges import check_edge_index
 from .energies import (
     DensePattern,
     EdgePattern,
@@ -28,6 +29,7 @@ from .energies import (
     EnergyTransformerBlock,
     HopfieldMemory,
     Pattern,
+    precise,
 )
 from .outputs_et import EnergyTransformerModelOutput
 from .pretrained import EBTBasePreTrainedModel
@@ -48,7 +50,8 @@ class EnergyTransformerPreTrainedModel(EBTBasePreTrainedModel):
     base_model_prefix = "model"
     main_input_name = "inputs_embeds"
     _supports_sdpa = False
-    _no_split_modules = ["EnergyTransformerBlock"]
+    # what sharded training gathers as one: not whole blocks, whose norm is called by itself as well
+    _no_split_modules = ["EnergyAttention", "EnergyLayerNorm", "HopfieldMemory"]
 
     def __init__(self, config: PreTrainedConfig, *inputs: Any, **kwargs: Any) -> None:
         super().__init__(config, *inputs, **kwargs)
@@ -127,9 +130,14 @@ class EnergyTransformerModel(EnergyTransformerPreTrainedModel):
         self.post_init()
 
     @property
+    def stack(self) -> list[EnergyTransformerBlock]:
+        """The blocks in the order in which they are descended."""
+        return cast(list[EnergyTransformerBlock], list(self.blocks))
+
+    @property
     def norm(self) -> EnergyLayerNorm:
         """The layer norm of the last block, which readouts share."""
-        return self.blocks[-1].norm  # type: ignore[return-value]
+        return self.stack[-1].norm
 
     @can_return_tuple
     def forward(
@@ -183,8 +191,8 @@ class EnergyTransformerModel(EnergyTransformerPreTrainedModel):
         self._check_tokens(inputs_embeds, edge_index)
         patterns: Sequence[Pattern]
         if edge_index is None:
-            foreign = {"edge_weights": edge_weights, "edge_type": edge_type, "graph_index": graph_index}
-            _refuse(foreign, "`edge_index`")
+            of_edges = {"edge_weights": edge_weights, "edge_type": edge_type}
+            _refuse({**of_edges, "graph_index": graph_index, "num_graphs": num_graphs}, "`edge_index`")
             patterns = [self._dense_pattern(inputs_embeds, attention_mask, attention_weights)]
             state = inputs_embeds[:, None]
             graphs, count = None, 1
@@ -193,7 +201,7 @@ class EnergyTransformerModel(EnergyTransformerPreTrainedModel):
             patterns = self._edge_patterns(len(inputs_embeds), edge_index, edge_weights, edge_type)
             state = inputs_embeds[None, None]
             graphs = torch.zeros_like(inputs_embeds[:, 0], dtype=torch.long) if graph_index is None else graph_index
-            count = int(graphs.max()) + 1 if num_graphs is None else num_graphs
+            count = _count_graphs(graphs, len(inputs_embeds), num_graphs)
             if count > 1 and options.judges:
                 raise ValueError(
                     f"{count} graphs descend together, and a rule that looks at the energy would stop them together. "
@@ -202,13 +210,13 @@ class EnergyTransformerModel(EnergyTransformerPreTrainedModel):
         generator = options.generator(state.device)
         recompute = self.training and torch.is_grad_enabled() and self.gradient_checkpointing
         checkpoint = self._gradient_checkpointing_func if recompute else None
-        state = state.to(torch.promote_types(state.dtype, torch.float32))
+        state = precise(state)
         states, energies, taken = [state], [], []
 
         def watch(index: int, after: Tensor, energy: Tensor) -> None:
             states.append(after.detach())
 
-        for block in self.blocks:
+        for block in self.stack:
             result = descend(
                 BlockEnergy(block, patterns, graphs, count),
                 TokenSpace(block.norm, options.noise_std, generator),
@@ -268,19 +276,15 @@ class EnergyTransformerModel(EnergyTransformerPreTrainedModel):
         if not self.config.self_attention:
             others = ~torch.eye(count, dtype=torch.bool, device=tokens.device)
             allowed = others[None, None] if allowed is None else allowed & others
+        if weights is not None and not _broadcasts(weights.shape, shapes[-1]):
+            raise ValueError(f"`attention_weights` must broadcast to {shapes[-1]}, got {tuple(weights.shape)}.")
         return DensePattern(allowed, weights, real)
 
     def _edge_patterns(
         self, count: int, edge_index: Tensor, weights: Tensor | None, kinds: Tensor | None
     ) -> list[EdgePattern]:
         relations = self.config.num_relations
-        if edge_index.dim() != 2 or len(edge_index) != 2:
-            raise ValueError(f"`edge_index` must have shape (2, edges), got {tuple(edge_index.shape)}.")
-        if edge_index.numel() and not 0 <= int(edge_index.min()) <= int(edge_index.max()) < count:
-            raise ValueError(
-                f"`edge_index` must name tokens from 0 to {count - 1}, got {int(edge_index.min())} to "
-                f"{int(edge_index.max())}."
-            )
+        check_edge_index(edge_index, count)
         if weights is not None and tuple(weights.shape) != (edge_index.shape[1], self.config.num_attention_heads):
             raise ValueError(
                 f"`edge_weights` must have shape ({edge_index.shape[1]}, {self.config.num_attention_heads}): edges, "
@@ -291,10 +295,16 @@ class EnergyTransformerModel(EnergyTransformerPreTrainedModel):
                 f"`edge_type` {'is missing' if kinds is None else 'was given'}, but the model has {relations} "
                 "relation(s)."
             )
-        if kinds is not None and (
-            len(kinds) != edge_index.shape[1] or not bool(((kinds >= 0) & (kinds < relations)).all())
-        ):
-            raise ValueError(f"`edge_type` must hold a relation from 0 to {relations - 1} for each edge.")
+        if kinds is not None and tuple(kinds.shape) != (edge_index.shape[1],):
+            raise ValueError(
+                f"`edge_type` must have shape ({edge_index.shape[1]},), one relation for each edge, got "
+                f"{tuple(kinds.shape)}."
+            )
+        if kinds is not None and kinds.numel() and not 0 <= int(kinds.min()) <= int(kinds.max()) < relations:
+            raise ValueError(
+                f"`edge_type` must hold relations from 0 to {relations - 1}, got {int(kinds.min())} to "
+                f"{int(kinds.max())}."
+            )
         kept = torch.ones_like(edge_index[0], dtype=torch.bool)
         if not self.config.self_attention:
             kept = edge_index[0] != edge_index[1]
@@ -307,7 +317,26 @@ class EnergyTransformerModel(EnergyTransformerPreTrainedModel):
         return patterns
 
 
-def _refuse(given: dict[str, Tensor | None], needs: str) -> None:
+def _broadcasts(shape: Sequence[int], target: Sequence[int]) -> bool:
+    """Whether a tensor of one shape can be multiplied by one of another, which stays as it is."""
+    padded = (1,) * (len(target) - len(shape)) + tuple(shape)
+    return len(padded) == len(target) and all(own in (1, wanted) for own, wanted in zip(padded, target, strict=True))
+
+
+def _count_graphs(graphs: Tensor, tokens: int, given: int | None) -> int:
+    """How many graphs the tokens belong to; raises for numbers of the wrong shape or range."""
+    if tuple(graphs.shape) != (tokens,):
+        raise ValueError(
+            f"`graph_index` must have shape ({tokens},), one graph for each token, got {tuple(graphs.shape)}."
+        )
+    lowest, highest = (int(value) for value in torch.aminmax(graphs))
+    if lowest < 0 or (given is not None and highest >= given):
+        allowed = "from 0" if given is None else f"from 0 to {given - 1}"
+        raise ValueError(f"`graph_index` must number graphs {allowed}, got {lowest} to {highest}.")
+    return highest + 1 if given is None else given
+
+
+def _refuse(given: Mapping[str, Tensor | int | None], needs: str) -> None:
     """Raises for inputs that would be ignored."""
     names = [f"`{name}`" for name, value in given.items() if value is not None]
     if names:

@@ -17,6 +17,7 @@ SCRIPTS = {
     "denoise_picture": ([], r"4 steps: energy (-?[\d.]+ -> ){4}", "denoised.png"),
     "train_text": (["--max_steps", "2"], r"perplexity by thinking steps: \{1: ", "runs/example_text/README.md"),
     "train_denoiser": (["--max_steps", "2"], r"Held-out PSNR: ", "runs/example_images/preprocessor_config.json"),
+    "complete_images": (["--max_steps", "2"], r"Held-out PSNR of masked patches: ", "completion.png"),
     "fine_tune_lora": (["--max_steps", "2"], r"after:  JULIET", "runs/example_lora/adapter_model.safetensors"),
     "own_energy": ([], r"near \(3\.0, 2\.0\)", "descent.png"),
 }

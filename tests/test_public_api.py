@@ -26,6 +26,7 @@ PROMISED = {
     "EBTImageProcessor",
     "EBTModel",
     "EBTModelOutputWithPast",
+    "ImageCompletionPipeline",
     "ImageDenoisingPipeline",
     "ThinkingConfig",
     "transformer_pp_config",
@@ -38,6 +39,18 @@ PROMISED = {
     "model_from_official",
     "model_to_official",
     "perplexity_by_steps",
+    "EnergyTransformerClassifierOutput",
+    "EnergyTransformerCompletionOutput",
+    "EnergyTransformerConfig",
+    "EnergyTransformerForGraphClassification",
+    "EnergyTransformerForImageCompletion",
+    "EnergyTransformerForNodeClassification",
+    "EnergyTransformerModel",
+    "EnergyTransformerModelOutput",
+    "EnergyTransformerTrainingArguments",
+    "GraphCollator",
+    "energy_transformer_from_official",
+    "energy_transformer_to_official",
 }
 NOT_BY_STAR = {"EBTDenoisingPipeline"}  # needs diffusers
 # what may be imported first; transformers imports its registries in the middle of some of these
@@ -66,6 +79,8 @@ assert AutoModel._model_mapping[ours.EBTImageConfig] is ours.EBTImageModel
 assert AutoModelForImageToImage._model_mapping[ours.EBTImageConfig] is ours.EBTForImageDenoising
 assert ours.EBTForCausalLM in AutoModelForCausalLM._model_mapping.values()
 assert ours.EBTImageConfig in IMAGE_PROCESSOR_MAPPING
+assert ours.EnergyTransformerConfig in IMAGE_PROCESSOR_MAPPING
+assert PIPELINE_REGISTRY.supported_tasks["image-completion"]["impl"] is ours.ImageCompletionPipeline
 assert PIPELINE_REGISTRY.supported_tasks["image-denoising"]["impl"] is ours.ImageDenoisingPipeline
 assert PIPELINE_REGISTRY.supported_tasks["energy-scoring"]["impl"] is ours.EnergyScoringPipeline
 """

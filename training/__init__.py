@@ -1,4 +1,4 @@
-"""How a model learns: training arguments, the trainer, text data, model cards and the training scripts."""
+"""How a model learns: training arguments, the trainer, text, images and graphs, model cards and training scripts."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -6,12 +6,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .arguments import EBTImageTrainingArguments, EBTTrainingArguments
+    from .arguments_et import EnergyTransformerTrainingArguments
+    from .graph_data import GraphCollator
     from .trainer import EBTTrainer, find_last_checkpoint
 
 _HOME = {
     "EBTImageTrainingArguments": ".arguments",
     "EBTTrainer": ".trainer",
     "EBTTrainingArguments": ".arguments",
+    "EnergyTransformerTrainingArguments": ".arguments_et",
+    "GraphCollator": ".graph_data",
     "find_last_checkpoint": ".trainer",
 }
 
@@ -23,4 +27,11 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-__all__ = ["EBTImageTrainingArguments", "EBTTrainer", "EBTTrainingArguments", "find_last_checkpoint"]
+__all__ = [
+    "EBTImageTrainingArguments",
+    "EBTTrainer",
+    "EBTTrainingArguments",
+    "EnergyTransformerTrainingArguments",
+    "GraphCollator",
+    "find_last_checkpoint",
+]

@@ -34,6 +34,7 @@ ARCHITECTURE = (
 )
 PROPOSAL = ("proposal_loss_weight",)  # what means something for models that start at a prediction only
 DISTANCES = {"smooth_l1": "smooth L1 distance", "mse": "squared error", "l1": "absolute error"}
+ENERGY_LIMIT = "Energies are on this model's own scale, never to be compared between models."
 PAPER = """@article{gladstone2025ebt,
   title   = {Energy-Based Transformers are Scalable Learners and Thinkers},
   author  = {Gladstone, Alexi and Nanduru, Ganesh and Islam, Md Mofijul and Han, Peixuan and Ha, Hyeonjeong and
@@ -49,7 +50,8 @@ SOFTWARE = """@software{ebt_transformers,
 }"""
 
 
-def _bullets(items: dict[str, Any]) -> str:
+def bullets(items: dict[str, Any]) -> str:
+    """Names and values as a list in markdown."""
     return "\n".join(f"- **{name}**: {value}" for name, value in items.items())
 
 
@@ -135,7 +137,7 @@ def results(facts: CardFacts, model: "nn.Module") -> str:
     """The metrics, what they mean, and the training curve."""
     rows = [[label, number(facts.results[name])] for name, label in RESULTS.items() if name in facts.results]
     parts = [table(["measure", "value"], rows)] if rows else []
-    parts += [_explanation(model), _curve(facts.history)]
+    parts += [_explanation(model), curve(facts.history)]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -154,16 +156,16 @@ def _explanation(model: "nn.Module") -> str:
     )
 
 
-def _curve(history: list[dict[str, Any]]) -> str:
-    """The log as a table of at most 20 rows, the last one always among them."""
+def curve(history: list[dict[str, Any]], columns: tuple[str, ...] = CURVE) -> str:
+    """The log as a table of at most 20 rows, the last one always among them, with those of the columns it has."""
     by_step: dict[int, dict[str, Any]] = {}
     for entry in history:
-        values = {name: entry[name] for name in CURVE if name in entry}
+        values = {name: entry[name] for name in columns if name in entry}
         if values:
             by_step.setdefault(entry["step"], {}).update(values)
     if not by_step:
         return ""
-    names = [name for name in CURVE if any(name in values for values in by_step.values())]
+    names = [name for name in columns if any(name in values for values in by_step.values())]
     steps = sorted(by_step)
     stride = -(-len(steps) // CURVE_ROWS)
     rows = [[str(step), *(number(by_step[step].get(name, "")) for name in names)] for step in steps[::-stride][::-1]]
@@ -189,7 +191,7 @@ def limits(facts: CardFacts, model: "nn.Module") -> str:
             needs += " With 0 steps there is no thinking: the model is an ordinary language model, and needs none."
         items.append(needs)
         within = "" if is_image_model(model) else " Compare them between candidates for one position only."
-        items.append(f"Energies are on this model's own scale, never to be compared between models.{within}")
+        items.append(f"{ENERGY_LIMIT}{within}")
         if is_image_model(model) and not facts.run.limits:
             items.append("Noise of another kind or strength than in training was not tried for this card.")
     return "\n".join(f"- {item}" for item in items)
@@ -197,7 +199,7 @@ def limits(facts: CardFacts, model: "nn.Module") -> str:
 
 def training(facts: CardFacts) -> str:
     """Data, options and command of the run."""
-    parts = [_bullets({"data": facts.run.data or "not recorded", **_base(facts), **facts.training})]
+    parts = [bullets({"data": facts.run.data or "not recorded", **_base(facts), **facts.training})]
     if facts.run.command:
         parts.append(f"```bash\n{facts.run.command}\n```")
     return "\n\n".join([*parts, *facts.run.notes])
@@ -219,7 +221,7 @@ def architecture(model: "nn.Module") -> str:
     names = ARCHITECTURE + (PROPOSAL if predicts_at_start(model) else ())
     values = ((name, getattr(config, name, None)) for name in names)
     items.update((name, value) for name, value in values if value is not None and not callable(value))
-    return _bullets(items)
+    return bullets(items)
 
 
 def versions(facts: CardFacts) -> str:
@@ -235,7 +237,9 @@ def citation(facts: CardFacts) -> str:
 
 __all__ = [
     "architecture",
+    "bullets",
     "citation",
+    "curve",
     "limits",
     "results",
     "summary",

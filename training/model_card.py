@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers.utils import logging
 
+from . import card_et
 from . import card_sections as sections
 from .card_facts import (
     CardFacts,
@@ -72,12 +73,18 @@ def card_facts(trainer: "Trainer", title: str, given: Mapping[str, Any] | None =
         title=title,
         location=on_hub or title,
         run=getattr(trainer, "run_facts", None) or RunFacts(),
-        results={name: found for name in sections.RESULTS if (found := _last(history, name)) is not None},
+        results=_results(history, trained_model(trainer)),
         history=history,
         training=_training_options(trainer),
         versions=installed_versions(),
         metadata=metadata,
     )
+
+
+def _results(history: list[dict[str, Any]], model: "nn.Module") -> dict[str, float]:
+    if card_et.covers(model):
+        return card_et.found_results(history)
+    return {name: found for name in sections.RESULTS if (found := _last(history, name)) is not None}
 
 
 def _last(history: list[dict[str, Any]], name: str) -> Any:
@@ -88,6 +95,8 @@ def _training_options(trainer: "Trainer") -> dict[str, str]:
     args, state, model = trainer.args, trainer.state, trained_model(trainer)
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     rows = "images" if is_image_model(model) else "sequences"
+    if card_et.covers(model):
+        rows = card_et.rows_of(model)
     options = {"recipe": getattr(args, "recipe", "s1")} if thinks(model) else {}
     options |= {
         "steps": f"{state.global_step} of {state.max_steps}, {batch} {rows} each",
@@ -180,9 +189,10 @@ def write_card(
     from huggingface_hub import ModelCard
 
     folder = Path(folder)
-    text: dict[str, str] = {"Use": sections.use(model, facts.location, _carries_code(folder, model))}
+    words: Any = card_et if card_et.covers(model) else sections
+    text: dict[str, str] = {"Use": words.use(model, facts.location, _carries_code(folder, model))}
     if facts.results or facts.history:
-        text["Results"] = sections.results(facts, model)
+        text["Results"] = words.results(facts, model)
     if thinks(model):
         plot = None if measured is None else _draw(measured, folder / PLOT)
         text["Thinking longer"] = thinking(model, facts.location, measured, plot, measured_on)
@@ -192,16 +202,17 @@ def write_card(
     last = further.pop("Licence", f"The weights are under the licence `{licence}`." if licence else "")
     text |= {
         **further,
-        "Limits": sections.limits(facts, model),
+        "Limits": words.limits(facts, model),
         "Training": sections.training(facts),
-        "Model": sections.architecture(model),
+        "Model": words.architecture(model),
         "Versions": sections.versions(facts),
         "Licence": last,
-        "Citation": sections.citation(facts),
+        "Citation": words.citation(facts),
     }
     body = "\n\n".join(f"## {heading}\n\n{content}" for heading, content in text.items() if content)
-    head = card_metadata(facts, model, "peft" if (folder / "adapter_config.json").is_file() else _library(model))
-    card = ModelCard(f"---\n{head.to_yaml()}\n---\n\n# {facts.title}\n\n{sections.summary(model)}\n\n{body}\n")
+    metadata = card_et.metadata if words is card_et else card_metadata
+    head = metadata(facts, model, "peft" if (folder / "adapter_config.json").is_file() else _library(model))
+    card = ModelCard(f"---\n{head.to_yaml()}\n---\n\n# {facts.title}\n\n{words.summary(model)}\n\n{body}\n")
     card.save(folder / CARD)
     return folder / CARD
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 
 ADAPTER_CONFIG = "adapter_config.json"
+EBT_TRAINING_OPTIONS = "--recipe, --replay_buffer_size, --step_size_lr_multiplier and --early_stopping_patience"
 
 
 @dataclass
@@ -56,6 +57,7 @@ def parse_command_line(
     description: str | None,
     own: tuple[type, ...],
     training_class: "Callable[[], type[EBTTrainingArguments]]",
+    training_options: str = EBT_TRAINING_OPTIONS,
 ) -> tuple[Any, ...]:
     """
     Parses the command line of a training script. `--help` answers without importing torch.
@@ -66,6 +68,7 @@ def parse_command_line(
         description (`str`, *optional*): what `--help` says first.
         own (`tuple[type]`): dataclasses with the script's own options.
         training_class (`Callable`): imports and returns the class of the trainer's options.
+        training_options (`str`, *optional*): those that this class adds to the parent's, for `--help`.
 
     Returns:
         One object for each of `own`, and the training arguments.
@@ -80,8 +83,8 @@ def parse_command_line(
         parser = HfArgumentParser(own, usage=f"ebt train {kind} [options]", **look)
         parser.epilog = (
             "Every option of transformers.TrainingArguments works too (--output_dir, --max_steps, --learning_rate, "
-            "--per_device_train_batch_size, --resume_from_checkpoint auto, --bf16, ...), with --recipe, "
-            "--replay_buffer_size, --step_size_lr_multiplier and --early_stopping_patience. --help_all lists them all."
+            f"--per_device_train_batch_size, --resume_from_checkpoint auto, --bf16, ...), with {training_options}. "
+            "--help_all lists them all."
         )
         parser.parse_args(["--help"])
     parser = HfArgumentParser((*own, training_class()), prog=f"ebt train {kind}", **look)

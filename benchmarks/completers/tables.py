@@ -1,0 +1,182 @@
+"""The tables of benchmarks/completion.py. Not a script."""
+
+import argparse
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from common import Results
+from completers.training import OPTIMIZER, WARM_UP, Recipe
+
+from ebt_transformers import EnergyTransformerConfig
+from ebt_transformers.reporting import table
+
+
+HEADER = (
+    *("method", "parameters", "updates", "training s", "ms per image", "masked MSE", "spread", "of variance"),
+    "PSNR (dB)",
+)
+TITLES = {"et": "Energy Transformer", "mae": "MAE, equal updates", "mae-time": "MAE, equal time"}
+SHOWN = (0, 1, 2, 4, 8, 12, 16, 24, 48)
+Row = Mapping[str, Any]
+
+
+def runs_of(results: Results, name: str, updates: int, seeds: Sequence[int]) -> list[Row]:
+    """The newest row of every seed."""
+    found = [results.find(kind="run", name=name, seed=seed, updates=updates) for seed in seeds]
+    return [row for row in found if row is not None]
+
+
+def mean(rows: Sequence[Row], name: str) -> float:
+    """Over rows."""
+    return statistics.fmean(row[name] for row in rows)
+
+
+def all_rows(
+    results: Results, plan: Sequence[tuple[str, str, int]], seeds: Sequence[int], fillings: Sequence[str]
+) -> list[list[str]]:
+    """
+    The table of all methods, those without a model first.
+
+    Args:
+        results ([`Results`]): what was measured.
+        plan (sequence of name, model and updates): what was trained.
+        seeds (sequence of `int`): of the runs.
+        fillings (sequence of `str`): names of the methods without a model.
+    """
+    lines = []
+    for name in fillings:
+        row = results.find(kind="filling", name=name)
+        assert row is not None  # measured before the models
+        lines.append([name, "", "", "", f"{row['ms']:.2f}", *_quality([row])])
+    times = results.find(kind="time")
+    assert times is not None
+    for name, model, updates in plan:
+        rows = runs_of(results, name, updates, seeds)
+        about = [f"{rows[0]['parameters']:,}", f"{updates:,}", f"{mean(rows, 'seconds'):.0f}"]
+        lines.append([TITLES[name], *about, f"{times[model]:.2f}", *_quality(rows)])
+    return lines
+
+
+def _quality(rows: Sequence[Row]) -> list[str]:
+    errors = [row["mse"] for row in rows]
+    spread = f"{max(errors) - min(errors):.4f}" if len(rows) > 1 else ""
+    shown = [f"{mean(rows, 'mse'):.4f}", spread, f"{100 * mean(rows, 'share'):.1f} %"]
+    return [*shown, f"{mean(rows, 'psnr'):.2f}"]
+
+
+def _error(value: float | None) -> str:
+    return "ran away" if value is None else f"{value:.4f}"
+
+
+def _written(recipe: Recipe | Mapping[str, Any]) -> str:
+    values = recipe["fields"] if isinstance(recipe, Mapping) else recipe.fields
+    return ", ".join(f"{name}={value}" for name, value in values.items())
+
+
+def more_tables(
+    results: Results,
+    tries: Sequence[Row],
+    chosen: Mapping[str, Recipe],
+    changed: Mapping[str, Row],
+    options: argparse.Namespace,
+    config: EnergyTransformerConfig,
+) -> list[str]:
+    """Longer and shorter thinking, the tries, and what options change."""
+    parts = ["## Thinking longer and shorter than in training", _about_steps(options), _steps_table(results, options)]
+    if options.tolerances:
+        parts += ["## Stopping by `thinking_tolerance`", _tolerance_table(results, options)]
+    lines = [
+        [TITLES[row["recipe"]["model"]].split(",")[0], _written(row["recipe"]), f"{row['recipe']['learning_rate']:g}"]
+        + [_error(row["mse"])]
+        for row in tries
+    ]
+    parts += [
+        "## The tries",
+        f"{options.trial_updates} updates each, judged on {options.validation_images} images of the training file.",
+        table(("model", "settings", "learning rate", "masked MSE"), lines),
+    ]
+    if changed:
+        (base,) = [row for row in tries if row["recipe"]["model"] == "et" and _is(row["recipe"], chosen["et"])]
+        lines = [["as chosen", _error(base["mse"]), f"{base['seconds']:.0f}"]]
+        lines += [[name, _error(row["mse"]), f"{row['seconds']:.0f}"] for name, row in changed.items()]
+        parts += [
+            "## One option changed",
+            f"The chosen Energy Transformer ({_written(chosen['et'])}; `completion_loss={config.completion_loss!r}`, "
+            f"`visible_ratio={config.visible_ratio:g}`, `self_attention={config.self_attention}`), "
+            f"{options.trial_updates} updates, one seed; on the same images as the tries.",
+            table(("changed", "masked MSE", "training s"), lines),
+        ]
+    return parts
+
+
+def _is(row: Mapping[str, Any], recipe: Recipe) -> bool:
+    same = row["learning_rate"] == recipe.learning_rate
+    return same and row["fields"] == recipe.fields
+
+
+def _of_seeds(results: Results, options: argparse.Namespace, **key: Any) -> list[Row]:
+    images = min(options.thinking_images, options.test_images)
+    found = [results.find(seed=seed, most=options.most_steps, images=images, **key) for seed in options.seeds]
+    return [row for row in found if row is not None]
+
+
+def _about_steps(options: argparse.Namespace) -> str:
+    return (
+        "Every Energy Transformer with other numbers of steps than it was trained with; no step shows what the "
+        f"decoder makes of the tokens as they start. Means over the first {options.thinking_images} images "
+        f"and {len(options.seeds)} seeds."
+    )
+
+
+def _steps_table(results: Results, options: argparse.Namespace) -> str:
+    rows = _of_seeds(results, options, kind="steps")
+    steps = [step for step in SHOWN if step <= options.most_steps]
+    errors = [f"{statistics.fmean(row['mse'][step] for row in rows):.4f}" for step in steps]
+    energies = [f"{statistics.fmean(row['energy'][step] for row in rows):.5g}" for step in steps]
+    header = ("steps", *map(str, steps))
+    return table(header, [["masked MSE", *errors], ["energy of an image", *energies]])
+
+
+def _tolerance_table(results: Results, options: argparse.Namespace) -> str:
+    lines = []
+    for tolerance in options.tolerances:
+        rows = _of_seeds(results, options, kind="tolerance", tolerance=tolerance)
+        lines.append([f"{tolerance:g}", f"{mean(rows, 'steps'):.1f}", f"{mean(rows, 'mse'):.4f}"])
+    return table(("tolerance", f"steps taken (at most {options.most_steps})", "masked MSE"), lines)
+
+
+def notes_on(
+    config: EnergyTransformerConfig, chosen: Mapping[str, Recipe], options: argparse.Namespace, settings: Row
+) -> str:
+    """What a reader of the table has to know."""
+    height, width = config.height_and_width
+    optimizer = ", ".join(f"{name} {value}" for name, value in OPTIMIZER.items())
+    parts = [
+        f"{settings['test_images']:,} images of {Path(options.test_data).name}, {height} x {width}, patches of "
+        f"{config.patch_size}, {100 * config.mask_ratio:g} % of them masked, the same ones for every method. Trained "
+        f"on {settings['train_images']:,} images of {Path(options.data).name}, {options.batch_size} an update; both "
+        "models see the same images with the same masks in the same order.",
+        "`masked MSE`: of the masked pixels, -1..1, clamped; mean over images and seeds, `spread` the difference of "
+        "the best and the worst seed. `of variance`: over the variance of those pixels around the mean of each "
+        "channel. PSNR: of the masked pixels alone, mean over images.",
+        "Seconds are those of the processor in one process (so that other programs on the machine count less); "
+        "`equal time` gives the MAE so many updates that it takes as long as the Energy Transformer, by the ratio of "
+        "an update of each, taking turns. It has a schedule of its own length.",
+        f"Both: AdamW, {optimizer}, warm-up over {100 * WARM_UP:g} % of the updates. Learning rate and settings were "
+        "picked for each by as many short tries: "
+        + "; ".join(
+            f"{TITLES[name].split(',')[0]}: {_written(recipe)}, learning rate {recipe.learning_rate:g}"
+            for name, recipe in chosen.items()
+        )
+        + ".",
+        "Energy Transformer: " + ", ".join(f"`{value}`" for value in options.config) + "; its position embeddings "
+        "start as sines and cosines, which those of the MAE are and stay, and are learned. The MAE is "
+        "`ViTMAEForPreTraining` of transformers with as many parameters (`training/mae_twin.py`), which sees the "
+        "visible patches alone in its encoder, once; its positions and its start are those of the MAE paper's code.",
+    ]
+    return "\n\n".join(parts)
+
+
+__all__ = ["HEADER", "all_rows", "more_tables", "notes_on", "runs_of"]
