@@ -14,71 +14,26 @@ import json
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from common import Results, add_common_options, alternate, command_line, machine_settings, report
+from completers.data import MASK_SEED, Data, load_data
 from completers.figures import draw_rows, draw_steps, draw_thinking
-from completers.fillings import Completer, Fillings, judge, merge, pixel_mask
-from completers.tables import HEADER, all_rows, more_tables, notes_on
-from completers.training import BATCH, Recipe, clock, complete, config_with, make_trainer, scaled, seconds_per_update
-from denoisers.pictures import load_pictures
+from completers.fillings import Completer, judge, merge
+from completers.measures import fill, think, time_models, validation_error, walk
+from completers.tables import HEADER, all_rows, more_tables, notes_on, runs_of, thinking_of
+from completers.training import Recipe, clock, complete, config_with, make_trainer, scaled, seconds_per_update
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from ebt_transformers import EnergyTransformerConfig, EnergyTransformerForImageCompletion
-from ebt_transformers.modeling_et.completion_et import draw_masks
 
 
 NAME = "completion"
 ET, MAE, MAE_TIME = "et", "mae", "mae-time"
-MASK_SEED = 0  # every method is judged with the same masks
 SHOWN_STEPS = (0, 1, 2, 4, 8, 12, 16, 24, 48)
-
-
-@dataclass(frozen=True)
-class Data:
-    """
-    Images of one size, bytes `(B, C, H, W)`, and the masks `(B, N)` of those to judge on.
-
-    Args:
-        train, validation, test (`torch.ByteTensor`): to learn from, to pick settings on, to judge on.
-        validation_mask, test_mask (`torch.BoolTensor`): what is masked of them.
-        patch (`int`): side of a patch.
-    """
-
-    train: Tensor
-    validation: Tensor
-    test: Tensor
-    validation_mask: Tensor
-    test_mask: Tensor
-    patch: int
-
-    def hidden(self, mask: Tensor) -> Tensor:
-        """Masked pixels (B, 1, H, W)."""
-        return pixel_mask(mask, (self.test.shape[2], self.test.shape[3]), self.patch)
-
-
-def load_data(options: argparse.Namespace, config: EnergyTransformerConfig) -> tuple[Data, dict[str, Any]]:
-    """The images, and what identifies them."""
-    how = (config.height_and_width, config.num_channels)
-    limit = None if options.train_images is None else options.train_images + options.validation_images
-    both = load_pictures(options.data, *how, limit=limit)
-    test = load_pictures(options.test_data, *how, limit=options.test_images)
-    if len(both) <= options.validation_images:
-        raise ValueError(
-            f"Of the {len(both)} images of {Path(options.data).name} {options.validation_images} are for picking "
-            "settings; none is left. Give fewer --validation-images."
-        )
-    train, validation = both[options.validation_images :], both[: options.validation_images]
-    # what is masked is what counts: in training some of it may stay visible, here nothing does
-    whole = config_with(config, visible_ratio=0.0)
-    masks = [draw_masks(whole, len(each), torch.Generator().manual_seed(MASK_SEED))[0] for each in (validation, test)]
-    about = {"train": train.fingerprint, "test": test.fingerprint, "train_images": len(train)}
-    about |= {"validation_images": len(validation), "test_images": len(test)}
-    return Data(train.pixels, validation.pixels, test.pixels, masks[0], masks[1], config.patch_size), about
 
 
 # ---- picking settings ------------------------------------------------------------------------------------------
@@ -111,11 +66,11 @@ def variants_of(best: Recipe, config: EnergyTransformerConfig) -> dict[str, Reci
         "visible_ratio=0.1": {"visible_ratio": 0.1},
         "self_attention=False": {"self_attention": False},
         "self_attention=True": {"self_attention": True},
-        f"thinking_steps={2 * steps}": {"thinking_steps": 2 * steps},
-        f"thinking_steps={2 * steps}, step_size={size / 2:g}": {"thinking_steps": 2 * steps, "step_size": size / 2},
-        f"num_blocks=2, hidden_size={narrower}": {"num_blocks": 2, "hidden_size": narrower},
         "attention_initializer_range=0.002": {"attention_initializer_range": 0.002},
-        f"num_attention_heads={2 * heads}": {"num_attention_heads": 2 * heads},
+        f"num_blocks=2, hidden_size={narrower}": {"num_blocks": 2, "hidden_size": narrower},
+        f"thinking_steps={2 * steps}, step_size={size / 2:g}": {"thinking_steps": 2 * steps, "step_size": size / 2},
+        f"thinking_steps={2 * steps}": {"thinking_steps": 2 * steps},
+        "thinking_steps=12, step_size=0.1": {"thinking_steps": 12, "step_size": 0.1},
     }
     variants = {
         name: replace(best, fields={**best.fields, **change})
@@ -142,16 +97,6 @@ def try_out(
         row = {**key, "name": name, "mse": validation_error(model, data), "seconds": seconds}
         results.append(row)
     return row
-
-
-def validation_error(model: nn.Module, data: Data) -> float | None:
-    """Masked MSE on the validation images; None for a model that ran away."""
-    images = scaled(data.validation)
-    try:
-        mse = judge(complete(model, images, data.validation_mask), images, data.hidden(data.validation_mask)).mse
-    except ValueError:  # energies that are not finite
-        return None
-    return mse if math.isfinite(mse) else None
 
 
 def best_of(model: str, recipes: Sequence[Recipe], errors: Sequence[float | None]) -> Recipe:
@@ -208,80 +153,6 @@ def run(
     said.write_text(json.dumps(wanted) + "\n", encoding="utf-8")
     results.append({**key, "parameters": parameters, "seconds": seconds, **asdict(quality)})
     return model
-
-
-def fill(data: Data, results: Results, device: str) -> dict[str, Completer]:
-    """Judges the completions without a model."""
-    images, hidden = scaled(data.test), data.hidden(data.test_mask)
-    mean = sum(scaled(each).sum(0, dtype=torch.float64) for each in data.train.split(1000)) / len(data.train)
-    methods = Fillings(mean.float(), data.patch).methods  # type: ignore[union-attr]
-    for name, method in tqdm(methods.items(), desc="without a model"):
-        if results.find(kind="filling", name=name) is None:
-            started = clock("cpu")
-            completed = method(images, data.test_mask)
-            seconds = clock("cpu") - started
-            quality = judge(completed, images, hidden)
-            results.append({"kind": "filling", "name": name, "ms": 1000 * seconds / len(images), **asdict(quality)})
-    return methods
-
-
-def think(model: nn.Module, seed: int, data: Data, results: Results, options: argparse.Namespace) -> None:
-    """Error and energy after every number of steps, and where a tolerance stops."""
-    some = slice(0, options.thinking_images)
-    images, mask = scaled(data.test[some]), data.test_mask[some]
-    batches = list(zip(images.split(BATCH), mask.split(BATCH), data.hidden(mask).split(BATCH), strict=True))
-    about = {"seed": seed, "most": options.most_steps, "images": len(images)}
-    if results.find(kind="steps", **about) is None:
-        errors = torch.zeros(options.most_steps + 1, dtype=torch.float64)
-        energies = torch.zeros_like(errors)
-        for batch, masks, hidden in batches:
-            walks, energy = walk(model, batch, masks, options.most_steps)
-            each = [judge(walks[:, step], batch, hidden).mse for step in range(walks.shape[1])]
-            errors += torch.tensor(each).double() * len(batch)
-            energies += energy.double().sum(0)
-        row = {"mse": (errors / len(images)).tolist(), "energy": (energies / len(images)).tolist()}
-        results.append({"kind": "steps", **about, **row})
-    for tolerance in options.tolerances:
-        key = {"kind": "tolerance", "tolerance": tolerance, **about}
-        if results.find(**key) is None:
-            error, steps = 0.0, 0.0
-            for batch, masks, hidden in batches:
-                completed, taken = stop_at(model, batch, masks, tolerance, options.most_steps)
-                error += judge(completed, batch, hidden).mse * len(batch)
-                steps += float(taken.sum())
-            results.append({**key, "steps": steps / len(images), "mse": error / len(images)})
-
-
-@torch.no_grad()
-def stop_at(model: nn.Module, images: Tensor, mask: Tensor, tolerance: float, most: int) -> tuple[Tensor, Tensor]:
-    """Completions (B, C, H, W) of thinking that a tolerance stops, and the steps that the last block took (B,)."""
-    device = next(model.parameters()).device
-    how = {"thinking_steps": most, "thinking_tolerance": tolerance}
-    output = model(images.to(device), bool_masked_pos=mask.to(device), **how)
-    return output.reconstruction.cpu(), output.steps_taken[:, -1].cpu()
-
-
-@torch.no_grad()
-def walk(model: nn.Module, images: Tensor, mask: Tensor, most: int) -> tuple[Tensor, Tensor]:
-    """Completions after every step of one descent (B, S T + 1, C, H, W), and the last block's energy (B, T + 1)."""
-    device = next(model.parameters()).device
-    how = {"thinking_steps": most, "output_energies": True, "output_trajectory": True}
-    output = model(images.to(device), bool_masked_pos=mask.to(device), **how)
-    return output.trajectory.cpu(), output.energies[:, -1].cpu()
-
-
-def time_models(models: dict[str, nn.Module], data: Data, results: Results, options: argparse.Namespace) -> None:
-    """Milliseconds per image of both models, taking turns."""
-    if results.find(kind="time") is None:
-        images, mask = scaled(data.test[:BATCH]), data.test_mask[:BATCH]
-
-        def work(model: nn.Module) -> list[float]:
-            started = clock(options.device)
-            complete(model, images, mask)
-            return [1000 * (clock(options.device) - started) / len(images)]
-
-        of_et, of_mae, ratio = alternate(lambda: work(models[ET]), lambda: work(models[MAE]), options.rounds)
-        results.append({"kind": "time", ET: of_et, MAE: of_mae, "ratio": ratio})
 
 
 def compare_updates(
@@ -383,10 +254,9 @@ def draw(
     pictures = {"completed": path.with_suffix(".png"), "steps": path.with_name(f"{path.stem}_steps.png")}
     pictures["thinking"] = path.with_name(f"{path.stem}_thinking.png")
     draw_rows(pictures["completed"], rows)
-    found = [row for row in results.rows if row["kind"] == "steps" and row["seed"] in options.seeds]
-    stops = [row for row in results.rows if row["kind"] == "tolerance" and row["seed"] in options.seeds]
-    twins = [row["mse"] for row in results.rows if row["kind"] == "run" and row["name"] == MAE]
-    draw_steps(pictures["steps"], found, stops, trained, sum(twins) / len(twins))
+    twins = [row["mse"] for row in runs_of(results, MAE, options.updates, options.seeds)]
+    stops = [row for each in options.tolerances for row in thinking_of(results, options, "tolerance", tolerance=each)]
+    draw_steps(pictures["steps"], thinking_of(results, options, "steps"), stops, trained, sum(twins) / len(twins))
     some = slice(0, min(4, count))
     walks, energies = walk(models[ET], images[some], mask[some], options.most_steps)
     walks = merge(images[some, None], walks, hidden[some, None])
@@ -399,6 +269,11 @@ def main(argv: Sequence[str] | None = None) -> str:
     """Measures what is missing, draws the pictures and prints the tables."""
     options = parse(argv)
     config = EnergyTransformerConfig.for_images(**fields_of(options.config))
+    if config.num_blocks != 1:
+        raise ValueError(
+            f"What longer thinking does is measured for one block. --config num_blocks must be 1, got "
+            f"{config.num_blocks}."
+        )
     settings = machine_settings(options)
     data, about = load_data(options, config)
     settings |= {**about, "config": config.to_diff_dict(), "batch_size": options.batch_size}
@@ -406,7 +281,7 @@ def main(argv: Sequence[str] | None = None) -> str:
     results = Results(options.results, settings, options.fresh)
     setup = (config, data, results)
 
-    methods = fill(data, results, options.device)
+    methods = fill(data, results)
     recipes = grid_of(options)
     tries = [try_out(recipe, "", *setup[:2], options, results) for recipe in tqdm(recipes, desc="tries")]
     errors = [row["mse"] for row in tries]
@@ -421,7 +296,7 @@ def main(argv: Sequence[str] | None = None) -> str:
             models.setdefault(name, model)
             if isinstance(model, EnergyTransformerForImageCompletion):
                 think(model, seed, data, results, options)
-    time_models(models, data, results, options)
+    time_models(models[ET], models[MAE], data, results, options)
     variants = {} if options.no_variants else variants_of(chosen[ET], config)
     changed = {
         name: try_out(recipe, name, *setup[:2], options, results)

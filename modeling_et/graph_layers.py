@@ -74,7 +74,8 @@ def check_edges(config: EnergyTransformerConfig, edge_index: Tensor, features: T
     if not config.num_edge_features:
         raise ValueError("`edge_features` was given, but the model has `num_edge_features=0`.")
     expected = (edge_index.shape[1], config.num_edge_features)
-    if tuple(features.shape) != expected:
+    without_edges = features.numel() == 0 == expected[0]  # does not tell how many numbers an edge would have
+    if tuple(features.shape) != expected and not without_edges:
         raise ValueError(f"`edge_features` must have shape {expected}: edges, features; got {tuple(features.shape)}.")
     if not bool(torch.isfinite(features).all()):
         raise ValueError("`edge_features` holds values that are not finite (NaN or infinity).")
@@ -164,6 +165,7 @@ class EdgeModulation(nn.Module):
 
     def __init__(self, config: EnergyTransformerConfig) -> None:
         super().__init__()
+        self.num_edge_features = config.num_edge_features
         self.norm = EnergyLayerNorm(config)
         self.pair = EdgeFactors(config.hidden_size, config.num_attention_heads)
         self.features: nn.Module | None = None
@@ -185,6 +187,8 @@ class EdgeModulation(nn.Module):
         factors = self.pair(normed[edge_index[0]] * normed[edge_index[1]])
         if features is None or self.features is None:
             return factors
+        if len(features) == 0:  # graphs without edges may not tell how many numbers an edge has
+            features = features.new_zeros(0, self.num_edge_features)
         given = self.features(features.to(factors.dtype))
         return factors * torch.cat([given, given.new_ones(len(factors) - len(given), given.shape[1])])
 

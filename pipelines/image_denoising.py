@@ -4,29 +4,23 @@
 Shapes: ``C`` channels, ``H x W`` pixels (or latents), ``K`` thinking steps.
 """
 
-import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
-from transformers.image_utils import is_pil_image
-from transformers.utils import IMAGE_PROCESSOR_NAME
 from transformers.utils.logging import tqdm
 
 from ..configuration.noise_ebt import noise_scheduler
 from ..configuration.thinking_ebt import FLAT_THINKING_NAMES, ThinkingConfig
-from ..modeling_ebt.image_processing_ebt import IMAGE_COLUMNS, OUTPUT_TYPES, EBTImageProcessor
+from ..modeling_ebt.image_processing_ebt import OUTPUT_TYPES
 from ..modeling_ebt.latents import Autoencoder, decode, encode, load_vae, need_diffusers, vae_scale_factor
-from .carried_code import PipelineWithCode
 from .denoising import check_denoiser, check_noise_options, check_vae, denoise, scale_for_noise
 from .image_tiles import Tiling
+from .picture_pipeline import PicturePipeline, is_one_picture, picture_of
 
 
 TASK = "image-denoising"
-LONG_LIST = 10  # longer ones show a progress bar
 FORWARD_OPTIONS = (
     "add_noise_level",
     "noise_seed",
@@ -40,20 +34,7 @@ FORWARD_OPTIONS = (
 )
 
 
-class _Rows(Dataset):
-    """A sequence as a torch dataset, which a pipeline walks lazily."""
-
-    def __init__(self, rows: Any) -> None:
-        self.rows = rows
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> Any:
-        return self.rows[index]
-
-
-class ImageDenoisingPipeline(PipelineWithCode):
+class ImageDenoisingPipeline(PicturePipeline):
     r"""
     Denoises pictures with [`EBTForImageDenoising`]: `pipeline("image-denoising", model=...)` after
     `import ebt_transformers`. (transformers 5 has no image-to-image pipeline any more; this one stands alone.)
@@ -112,28 +93,17 @@ class ImageDenoisingPipeline(PipelineWithCode):
 
     TASK = TASK
     AUTO_MODEL = "AutoModelForImageToImage"
-    INPUT_TYPE = "image"
-    SAVED_BESIDE = ("image_processor",)
-
-    _load_processor = False
-    _load_image_processor: bool | None = None
-    _load_video_processor = False
-    _load_feature_extractor = False
-    _load_tokenizer = False
-
-    image_processor: Any
+    DOING = "Denoising"
 
     def __init__(self, *args: Any, vae: Autoencoder | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        check_denoiser(self.model)
-        self.model.eval()
-        config = self.model.config
         if vae is not None:
-            check_vae(vae, config)
+            check_vae(vae, self.model.config)
             vae = vae.to(self.device).eval()
         self._vae = vae
-        if self.image_processor is None:
-            self.image_processor = self._own_processor()
+
+    def _check_model(self) -> None:
+        check_denoiser(self.model)
 
     @property
     def vae(self) -> Autoencoder | None:
@@ -183,28 +153,10 @@ class ImageDenoisingPipeline(PipelineWithCode):
             FileNotFoundError: for a file that does not exist.
             ImportError: if the model or an option needs diffusers and it is missing.
         """
-        rows = batch_size if batch_size is not None else getattr(self, "_batch_size", None)
-        if rows is not None and (not isinstance(rows, int) or rows < 1):
-            raise ValueError(f"`batch_size` must be an integer of at least 1, got {rows!r}.")
-        options = {**options, "_batch_size": rows or 1}
-        if isinstance(images, (np.ndarray, Tensor)) and images.ndim == 4:
-            images = list(images)
-        single = isinstance(images, (str, os.PathLike, np.ndarray, Tensor, Mapping)) or is_pil_image(images)
-        if single:
-            return super().__call__(images, num_workers=num_workers, _progress=bool(progress), **options)
-        is_list = isinstance(images, (list, tuple))
-        if is_list and len(images) == 0:
-            raise ValueError("There is no picture: the list is empty. Give at least one.")
-        if not isinstance(images, (Dataset, Iterator)):
-            images = _Rows(images) if hasattr(images, "__len__") else iter(images)
-        if isinstance(images, Iterator):
-            images = (image for image in images)  # the base class knows generators
-        total = len(images) if hasattr(images, "__len__") else None
-        results = super().__call__(images, batch_size=batch_size, num_workers=num_workers, **options)
-        shown = progress if progress is not None else is_list and (total or 0) > LONG_LIST
-        if shown:
-            results = tqdm(results, total=total, desc="Denoising", unit="image")
-        return list(results) if is_list else iter(results)
+        options["_batch_size"] = self._pictures_at_once if batch_size is None else batch_size
+        # of a single picture the tiles are counted
+        options["_progress"] = bool(progress) and is_one_picture(images) and getattr(images, "ndim", 0) != 4
+        return self._run_pictures(images, batch_size, num_workers, progress, options)
 
     def _sanitize_parameters(self, **options: Any) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
         forward: dict[str, Any] = {"thinking": self._take_thinking(options)}
@@ -222,14 +174,6 @@ class ImageDenoisingPipeline(PipelineWithCode):
             raise ValueError(f"Unknown option(s) {', '.join(sorted(options))}. Allowed: {', '.join(allowed)}.")
         return {}, forward, postprocess
 
-    def _own_processor(self) -> EBTImageProcessor:
-        """The processor saved beside the model, or one made from its config."""
-        # where transformers' AutoImageProcessor cannot load it, it hands over none instead of saying so
-        folder = str(self.model.name_or_path)
-        if os.path.isfile(os.path.join(folder, IMAGE_PROCESSOR_NAME)):
-            return EBTImageProcessor.from_pretrained(folder)
-        return EBTImageProcessor.from_model_config(self.model.config)
-
     @property
     def _unit(self) -> int:
         """Pixels a side for each cell the model works on."""
@@ -237,16 +181,9 @@ class ImageDenoisingPipeline(PipelineWithCode):
 
     def preprocess(self, image: Any) -> dict[str, Any]:
         """A picture as the model's input, with its size before the padding."""
-        if isinstance(image, Mapping):
-            column = next((name for name in IMAGE_COLUMNS if name in image), None)
-            if column is None:
-                raise ValueError(
-                    f"A row of the dataset has no image: it has {', '.join(image)}, not {IMAGE_COLUMNS[0]}."
-                )
-            image = image[column]
         # a model knows its own patches, whatever a processor saved elsewhere says
         multiple = self.model.config.patch_size * self._unit
-        prepared = self.image_processor(image, do_pad=True, patch_size=multiple, return_tensors="pt")
+        prepared = self.image_processor(picture_of(image), do_pad=True, patch_size=multiple, return_tensors="pt")
         if len(prepared["pixel_values"]) != 1:
             raise ValueError(
                 f"One entry of a list must be one picture, got {len(prepared['pixel_values'])}. Give a flat list."

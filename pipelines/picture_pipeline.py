@@ -1,6 +1,7 @@
 """What pipelines of pictures do alike: one picture or many in, their results out in the same form and order."""
 
 import os
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
@@ -90,9 +91,9 @@ class PicturePipeline(PipelineWithCode):
         if self.image_processor is None:
             self.image_processor = self._own_processor()
 
+    @abstractmethod
     def _check_model(self) -> None:
         """Raises a `TypeError` for a model of another kind."""
-        raise NotImplementedError
 
     def _own_processor(self) -> EBTImageProcessor:
         """The processor saved beside the model, or one made from its config."""

@@ -18,7 +18,7 @@ pytest.importorskip("pyarrow")
 pytest.importorskip("skimage")
 
 FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
-PARTS = tuple(f"completers.{name}" for name in ("fillings", "training", "figures", "tables"))
+PARTS = tuple(f"completers.{name}" for name in ("data", "fillings", "training", "measures", "figures", "tables"))
 MODULES = ("common", "completion", "completers", *PARTS, "denoisers", "denoisers.pictures")
 CONFIG = ("hidden_size=16", "num_attention_heads=2", "image_size=16", "patch_size=4", "thinking_steps=2")
 
@@ -207,6 +207,8 @@ def test_bad_options_are_refused(script, data, tmp_path):
     completion = script("completion")
     with pytest.raises(ValueError, match="NAME=VALUE.*'sideways=1'"):
         completion.main([*argv_of(data, tmp_path), "--config", "sideways=1"])
+    with pytest.raises(ValueError, match="must be 1, got 2"):
+        completion.main([*argv_of(data, tmp_path), "--config", "num_blocks=2"])
     with pytest.raises(ValueError, match="2 tries and its twin 1"):
         completion.main([*argv_of(data, tmp_path), "--mae-learning-rates", "1e-3"])
     with pytest.raises(ValueError, match="Of the 12 images"):

@@ -35,6 +35,8 @@ PROMISED = {
     "EBTImageTrainingArguments",
     "EBTTrainingArguments",
     "ebt_from_llama",
+    "energy_transformer_from_official",
+    "energy_transformer_to_official",
     "generate_with_energies",
     "model_from_official",
     "model_to_official",

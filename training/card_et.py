@@ -271,7 +271,7 @@ def limits(facts: CardFacts, model: "nn.Module") -> str:
     else:
         items.append("Features have to mean what they meant in training, in the same columns and units.")
         if config.position_embedding == "laplacian":
-            items.append("The signs of Laplacian eigenvectors are arbitrary, and predictions depend on them a little.")
+            items.append("The signs of Laplacian eigenvectors are arbitrary, and predictions may depend on them.")
         if config.position_embedding == "learned":
             items.append("Every node of its one graph has a learned position: it takes no other graph.")
     return "\n".join(f"- {item}" for item in items)

@@ -84,7 +84,11 @@ def more_tables(
     config: EnergyTransformerConfig,
 ) -> list[str]:
     """Longer and shorter thinking, the tries, and what options change."""
-    parts = ["## Thinking longer and shorter than in training", _about_steps(options), _steps_table(results, options)]
+    parts = [
+        "## Thinking longer and shorter than in training",
+        _about_steps(results, options),
+        _steps_table(results, options),
+    ]
     if options.tolerances:
         parts += ["## Stopping by `thinking_tolerance`", _tolerance_table(results, options)]
     lines = [
@@ -116,22 +120,24 @@ def _is(row: Mapping[str, Any], recipe: Recipe) -> bool:
     return same and row["fields"] == recipe.fields
 
 
-def _of_seeds(results: Results, options: argparse.Namespace, **key: Any) -> list[Row]:
-    images = min(options.thinking_images, options.test_images)
-    found = [results.find(seed=seed, most=options.most_steps, images=images, **key) for seed in options.seeds]
+def thinking_of(results: Results, options: argparse.Namespace, kind: str, **key: Any) -> list[Row]:
+    """The rows about thinking of every seed, of a kind: `"steps"` or `"tolerance"`."""
+    about = {"most": options.most_steps, "images": min(options.thinking_images, results.settings["test_images"])}
+    found = [results.find(kind=kind, seed=seed, **about, **key) for seed in options.seeds]
     return [row for row in found if row is not None]
 
 
-def _about_steps(options: argparse.Namespace) -> str:
+def _about_steps(results: Results, options: argparse.Namespace) -> str:
+    images = min(options.thinking_images, results.settings["test_images"])
     return (
         "Every Energy Transformer with other numbers of steps than it was trained with; no step shows what the "
-        f"decoder makes of the tokens as they start. Means over the first {options.thinking_images} images "
+        f"decoder makes of the tokens as they start. Means over the first {images} images "
         f"and {len(options.seeds)} seeds."
     )
 
 
 def _steps_table(results: Results, options: argparse.Namespace) -> str:
-    rows = _of_seeds(results, options, kind="steps")
+    rows = thinking_of(results, options, "steps")
     steps = [step for step in SHOWN if step <= options.most_steps]
     errors = [f"{statistics.fmean(row['mse'][step] for row in rows):.4f}" for step in steps]
     energies = [f"{statistics.fmean(row['energy'][step] for row in rows):.5g}" for step in steps]
@@ -142,7 +148,7 @@ def _steps_table(results: Results, options: argparse.Namespace) -> str:
 def _tolerance_table(results: Results, options: argparse.Namespace) -> str:
     lines = []
     for tolerance in options.tolerances:
-        rows = _of_seeds(results, options, kind="tolerance", tolerance=tolerance)
+        rows = thinking_of(results, options, "tolerance", tolerance=tolerance)
         lines.append([f"{tolerance:g}", f"{mean(rows, 'steps'):.1f}", f"{mean(rows, 'mse'):.4f}"])
     return table(("tolerance", f"steps taken (at most {options.most_steps})", "masked MSE"), lines)
 
@@ -179,4 +185,4 @@ def notes_on(
     return "\n\n".join(parts)
 
 
-__all__ = ["HEADER", "all_rows", "more_tables", "notes_on", "runs_of"]
+__all__ = ["HEADER", "all_rows", "more_tables", "notes_on", "runs_of", "thinking_of"]

@@ -24,6 +24,8 @@ from ebt_transformers import (
     EBTImageConfig,
     EBTImageModel,
     EBTModel,
+    EnergyTransformerConfig,
+    EnergyTransformerForImageCompletion,
 )
 
 
@@ -245,3 +247,49 @@ class ImageDenoisingTest(EBTImageCommonTests, unittest.TestCase):
         "test_retain_grad_hidden_states_attentions": "they change with every step and are not returned",
         "test_eager_matches_sdpa_inference": "compares hidden states, which are not returned",
     }
+
+
+class EnergyTransformerTester(EBTImageModelTester):
+    """The same for an Energy Transformer for images."""
+
+    num_hidden_layers = 1
+
+    def get_config(self) -> EnergyTransformerConfig:
+        """A tiny model."""
+        return EnergyTransformerConfig.for_images(
+            image_size=self.image_size,
+            patch_size=self.patch_size,
+            num_channels=self.num_channels,
+            hidden_size=self.hidden_size,
+            num_memories=37,
+            num_attention_heads=self.num_attention_heads,
+            thinking_steps=2,
+        )
+
+
+class ImageCompletionTest(common.ModelTesterMixin, unittest.TestCase):
+    """The Energy Transformer that completes images."""
+
+    all_model_classes = (EnergyTransformerForImageCompletion,)
+    test_resize_embeddings = False
+    test_can_init_all_missing_weights_before_2023 = True  # they run it for a source file with a year only
+    not_applicable: ClassVar[dict[str, str]] = {
+        "test_attention_outputs": "attentions change with every step and are not returned",
+        "test_hidden_states_output": "hidden states change with every step and are not returned",
+        "test_model_outputs_equivalence": "asks for hidden states; an argument there is no use for raises",
+        "test_retain_grad_hidden_states_attentions": "they change with every step and are not returned",
+    }
+
+    def setUp(self) -> None:
+        """A tester for each test."""
+        for name, reason in {**NOT_APPLICABLE, **NOT_APPLICABLE_TO_IMAGES, **self.not_applicable}.items():
+            if self._testMethodName.startswith(name):
+                self.skipTest(f"does not apply: {reason}")
+        self.model_tester = EnergyTransformerTester()
+
+    def _prepare_for_class(self, inputs_dict: Any, model_class: Any, return_labels: bool = False) -> dict[str, Any]:
+        inputs = super()._prepare_for_class(inputs_dict, model_class, return_labels=return_labels)
+        if return_labels:  # a loss takes masked patches
+            patches = (self.model_tester.image_size // self.model_tester.patch_size) ** 2
+            inputs["bool_masked_pos"] = torch.arange(patches).expand(len(inputs["pixel_values"]), -1) % 2 == 0
+        return inputs
