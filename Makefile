@@ -5,6 +5,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PYTEST_ARGS ?=
+# each process runs whole files of tests, in one thread
+JOBS ?= logical
+PARALLEL := -n $(JOBS) --maxprocesses 8 --dist loadfile
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test slow mixins check lint types docs format constraints clean
@@ -26,10 +29,10 @@ demo: $(INSTALLED)  ## install, then run the embedded model: text, thinking step
 	$(BIN)/ebt demo
 
 test: $(INSTALLED)  ## install, then run the test suite without its slow tests
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(PARALLEL) $(PYTEST_ARGS)
 
 slow: $(INSTALLED)  ## the whole test suite, slow tests included
-	$(BIN)/python -m pytest -m "slow or not slow" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(PARALLEL) -m "slow or not slow" $(PYTEST_ARGS)
 
 # A development check (docs/hf_test_mixins.md): transformers' own model tests, which are in its source distribution only.
 mixins: $(INSTALLED)  ## run our models through the common model tests of transformers
