@@ -24,7 +24,7 @@ from completers.figures import draw_rows, draw_steps, draw_thinking
 from completers.fillings import Completer, judge, merge
 from completers.measures import fill, think, time_models, validation_error, walk
 from completers.tables import HEADER, all_rows, more_tables, notes_on, runs_of, thinking_of
-from completers.training import Recipe, clock, complete, config_with, make_trainer, scaled, seconds_per_update
+from completers.training import Plan, Recipe, clock, complete, config_with, make_trainer, scaled, seconds_per_update
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -33,6 +33,7 @@ from ebt_transformers import EnergyTransformerConfig, EnergyTransformerForImageC
 
 NAME = "completion"
 ET, MAE, MAE_TIME = "et", "mae", "mae-time"
+PICTURED = {"mae": "MAE", "mae-time": "MAE, equal time", "et": "ET"}
 SHOWN_STEPS = (0, 1, 2, 4, 8, 12, 16, 24, 48)
 
 
@@ -114,6 +115,24 @@ def best_of(model: str, recipes: Sequence[Recipe], errors: Sequence[float | None
 # ---- training and judging --------------------------------------------------------------------------------------
 
 
+def plans_of(
+    chosen: dict[str, Recipe], ratio: float, config: EnergyTransformerConfig, options: argparse.Namespace
+) -> list[Plan]:
+    """Both models, the twin for as long as the Energy Transformer, and the latter with other numbers of steps."""
+    longer, best = max(1, round(options.updates * ratio)), chosen[ET]
+    plans = [
+        Plan(ET, best, options.updates, options.seeds),
+        Plan(MAE, chosen[MAE], options.updates, options.seeds),
+        Plan(MAE_TIME, chosen[MAE], longer, options.seeds),
+    ]
+    for steps in options.also_steps:
+        # as far in all as the steps of the others
+        size = best.fields["step_size"] * config.thinking_steps / steps
+        recipe = replace(best, fields={**best.fields, "thinking_steps": steps, "step_size": size})
+        plans.append(Plan(f"{ET}-{steps}", recipe, options.updates, options.seeds[:1]))
+    return plans
+
+
 def train(
     recipe: Recipe, model: nn.Module, pixels: Tensor, updates: int, seed: int, options: argparse.Namespace
 ) -> float:
@@ -127,16 +146,10 @@ def train(
     return seconds
 
 
-def run(
-    name: str,
-    recipe: Recipe,
-    updates: int,
-    seed: int,
-    setup: tuple[EnergyTransformerConfig, Data, Results],
-    options: Any,
-) -> nn.Module:
+def run(plan: Plan, seed: int, setup: tuple[EnergyTransformerConfig, Data, Results], options: Any) -> nn.Module:
     """Trains and judges what is missing of one run; returns its model."""
     config, data, results = setup
+    name, recipe, updates = plan.name, plan.recipe, plan.updates
     key = {"kind": "run", "name": name, "seed": seed, "recipe": asdict(recipe), "updates": updates}
     folder = options.runs / f"{name}-{updates}-{seed}"
     said = folder / "recipe.json"
@@ -152,6 +165,16 @@ def run(
     model.save_pretrained(folder)  # type: ignore[operator]
     said.write_text(json.dumps(wanted) + "\n", encoding="utf-8")
     results.append({**key, "parameters": parameters, "seconds": seconds, **asdict(quality)})
+    return model
+
+
+def follow(
+    plan: Plan, seed: int, setup: tuple[EnergyTransformerConfig, Data, Results], options: argparse.Namespace
+) -> nn.Module:
+    """Trains and judges, and looks at the thinking of what thinks."""
+    model = run(plan, seed, setup, options)
+    if isinstance(model, EnergyTransformerForImageCompletion):
+        think(model, plan.name, seed, *setup[1:], options)
     return model
 
 
@@ -224,9 +247,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--mae-learning-rates", type=float, nargs="+", help="default: --learning-rates")
     parser.add_argument("--depths", type=depth_of, nargs="+", default=[(3, 1), (2, 2), (4, 2)], metavar="ENC,DEC")
     parser.add_argument("--no-variants", action="store_true", help="skip the comparison of options")
+    parser.add_argument(
+        "--also-steps", type=int, nargs="*", default=[], help="train with these numbers of steps, too (first seed)"
+    )
     parser.add_argument("--most-steps", type=int, default=48, help="of thinking, to see what more of it does")
     parser.add_argument("--thinking-images", type=int, default=200, help="so many of the test images, to see that")
-    parser.add_argument("--tolerances", type=float, nargs="*", default=[100.0, 10.0, 1.0], help="of thinking")
+    parser.add_argument("--tolerances", type=float, nargs="*", default=[1e4, 3e3, 1e3], help="of thinking")
     parser.add_argument("--rounds", type=int, default=5, help="of timing")
     parser.add_argument("--grid-images", type=int, default=8, help="images shown")
     parser.add_argument("--runs", type=Path, default=Path("runs/completion"), help="where trained models are kept")
@@ -247,7 +273,7 @@ def draw(
     rows = {"original": images, "masked": masked}
     for name in ("visible mean", "linear"):
         rows[name] = merge(images, methods[name](images, mask), hidden)
-    for name, title in ((MAE, "MAE"), (MAE_TIME, "MAE, equal time"), (ET, "ET")):
+    for name, title in PICTURED.items():
         rows[title] = merge(images, complete(models[name], images, mask), hidden)
     path = options.results
     trained = models[ET].config.thinking_steps
@@ -255,8 +281,10 @@ def draw(
     pictures["thinking"] = path.with_name(f"{path.stem}_thinking.png")
     draw_rows(pictures["completed"], rows)
     twins = [row["mse"] for row in runs_of(results, MAE, options.updates, options.seeds)]
-    stops = [row for each in options.tolerances for row in thinking_of(results, options, "tolerance", tolerance=each)]
-    draw_steps(pictures["steps"], thinking_of(results, options, "steps"), stops, trained, sum(twins) / len(twins))
+    stops = [
+        row for each in options.tolerances for row in thinking_of(results, options, "tolerance", ET, tolerance=each)
+    ]
+    draw_steps(pictures["steps"], thinking_of(results, options, "steps", ET), stops, trained, sum(twins) / len(twins))
     some = slice(0, min(4, count))
     walks, energies = walk(models[ET], images[some], mask[some], options.most_steps)
     walks = merge(images[some, None], walks, hidden[some, None])
@@ -287,31 +315,29 @@ def main(argv: Sequence[str] | None = None) -> str:
     errors = [row["mse"] for row in tries]
     chosen = {name: best_of(name, recipes, errors) for name in (ET, MAE)}
     ratio = compare_updates(chosen, setup, options)
-    longer = max(1, round(options.updates * ratio))
-    plan = [(ET, ET, options.updates), (MAE, MAE, options.updates), (MAE_TIME, MAE, longer)]
+    plans = plans_of(chosen, ratio, config, options)
     models: dict[str, nn.Module] = {}
     for seed in tqdm(options.seeds, desc="seeds"):
-        for name, of, updates in plan:
-            model = run(name, chosen[of], updates, seed, setup, options)
-            models.setdefault(name, model)
-            if isinstance(model, EnergyTransformerForImageCompletion):
-                think(model, seed, data, results, options)
+        for plan in (plan for plan in plans[:3] if seed in plan.seeds):
+            models.setdefault(plan.name, follow(plan, seed, setup, options))
     time_models(models[ET], models[MAE], data, results, options)
     variants = {} if options.no_variants else variants_of(chosen[ET], config)
     changed = {
         name: try_out(recipe, name, *setup[:2], options, results)
         for name, recipe in tqdm(variants.items(), desc="options")
     }
+    for plan in plans[3:]:
+        follow(plan, options.seeds[0], setup, options)
     pictures = draw(models, methods, data, results, options)
     return report(
         results,
         "Image completion",
         command_line(NAME, sys.argv[1:] if argv is None else argv),
         HEADER,
-        all_rows(results, plan, options.seeds, list(methods)),
+        all_rows(results, plans, list(methods)),
         notes_on(config, chosen, options, settings),
         seed=f"{', '.join(map(str, options.seeds))} (weights, images and masks of training); {MASK_SEED} (test masks)",
-        more=[*pictures, *more_tables(results, tries, chosen, changed, options, config)],
+        more=[*pictures, *more_tables(results, plans, tries, changed, options)],
     )
 
 

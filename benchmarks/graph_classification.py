@@ -100,9 +100,7 @@ class Fitting:
         if setting is None:
             self.results.append({**key, "test": majority(graphs)})
             return
-        found, test = run_network(
-            model, setting, data, graphs, fold, options.hidden_size, options.epochs, options.batch_size
-        )
+        found, test = run_network(model, setting, data, graphs, fold, options.epochs, options.batch_size)
         if model == ET:
             found["by_steps"] = {str(count): test(thinking_steps=count) for count in options.steps}
         self.results.append({**key, **found})
@@ -188,10 +186,10 @@ def notes_on(results: Results, options: argparse.Namespace, shown: Sequence[str]
         [
             f"Accuracy, percent, mean ± standard deviation over the {FOLDS} folds that come with the data. The graphs "
             "of a fold are for testing; of the others a tenth, stratified, validates. Graphs in no fold train or "
-            f"validate only. Every network: hidden size {options.hidden_size}, {options.epochs} epochs of batches of "
+            f"validate only. Both networks: {options.epochs} epochs of batches of "
             f"{options.batch_size}, AdamW with a cosine schedule, label smoothing 0.05; the epoch that was best on "
             "validation counts. The fold's number is the seed. `training`: accuracy on the graphs it was trained on.",
-            f"ET: {et}; two heads, {2 * options.hidden_size} memories in each block, read from the CLS token. "
+            f"ET: {et}; two heads, twice as many memories as `hidden` in each block, read from the CLS token. "
             f"GIN (torch_geometric): {gin}; sums of all layers' nodes. These settings are the same for all sets "
             "(see below). Nodes are described by their labels and attributes; where there are none, by their degree, "
             "one-hot. `seconds`: with validation, on a machine with other work.",
@@ -253,13 +251,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--sets", nargs="+", default=list(SETS), help="files of --data, without .npz")
     parser.add_argument("--tuning-sets", nargs="+", default=["PTC", "ENZYMES"], help="to choose settings on")
     parser.add_argument("--tuning-folds", type=int, default=3, help="so many of their folds")
-    parser.add_argument("--hidden-size", type=int, default=32, help="of both networks")
     parser.add_argument("--epochs", type=int, default=40)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--steps", nargs="+", type=int, default=[1, 2, 3, 4, 8], help="thinking steps to compare")
     parser.add_argument("--fit", choices=("all", "nothing"), default="all", help="nothing: only write the tables")
     options = parser.parse_args(argv)
-    for name in ("tuning_folds", "hidden_size", "epochs", "batch_size"):
+    for name in ("tuning_folds", "epochs", "batch_size"):
         if getattr(options, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1, got {getattr(options, name)}")
     if options.tuning_folds > FOLDS:
@@ -276,7 +273,7 @@ def main(argv: Sequence[str] | None = None) -> str:
     options = parse(argv)
     settings = machine_settings(options)
     settings["versions"] |= {name: installed(name) for name in LIBRARIES}
-    settings |= {name: getattr(options, name) for name in ("hidden_size", "epochs", "batch_size", "steps")}
+    settings |= {name: getattr(options, name) for name in ("epochs", "batch_size", "steps")}
     results = Results(options.results, settings, options.fresh)
     if options.fit == "all":
         fitting = Fitting(results, options)

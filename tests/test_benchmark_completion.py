@@ -66,7 +66,8 @@ def cells_of(text: str, label: str) -> list[str]:
 def test_runs_resumes_and_says_what_its_rows_say(script, data, tmp_path, monkeypatch):
     completion, training = script("completion"), script("completers.training")
     monkeypatch.setattr(training, "TIMED_UPDATES", 1)
-    text = completion.main(argv_of(data, tmp_path, "--no-variants"))
+    more = ("--no-variants", "--also-steps", "1")
+    text = completion.main(argv_of(data, tmp_path, *more))
     path = tmp_path / "rows.jsonl"
     assert path.with_suffix(".md").read_text() == text
     for name in ("rows.png", "rows_steps.png", "rows_thinking.png"):
@@ -74,11 +75,12 @@ def test_runs_resumes_and_says_what_its_rows_say(script, data, tmp_path, monkeyp
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     runs = [row for row in rows if row["kind"] == "run"]
     assert [(row["name"], row["seed"]) for row in runs] == [
-        (name, seed) for seed in (0, 1) for name in ("et", "mae", "mae-time")
+        *((name, seed) for seed in (0, 1) for name in ("et", "mae", "mae-time")),
+        ("et-1", 0),
     ]
     (update,) = [row for row in rows if row["kind"] == "update"]
     longer = max(1, round(3 * update["ratio"]))
-    assert {row["name"]: row["updates"] for row in runs} == {"et": 3, "mae": 3, "mae-time": longer}
+    assert {row["name"]: row["updates"] for row in runs} == {"et": 3, "mae": 3, "mae-time": longer, "et-1": 3}
 
     for name, title in (("et", "Energy Transformer"), ("mae", "MAE, equal updates")):
         errors = [row["mse"] for row in runs if row["name"] == name]
@@ -93,20 +95,22 @@ def test_runs_resumes_and_says_what_its_rows_say(script, data, tmp_path, monkeyp
         tries = [row for row in rows if row["kind"] == "trial" and row["recipe"]["model"] == model]
         assert len(tries) == 2
         best = min(tries, key=lambda row: row["mse"])
-        assert all(row["recipe"] == best["recipe"] for row in runs if row["name"].partition("-")[0] == model)
+        assert all(row["recipe"] == best["recipe"] for row in runs if row["name"] in (model, f"{model}-time"))
+    assert runs[-1]["recipe"]["fields"] == {"step_size": 0.2, "thinking_steps": 1}  # as far in one step as in two
 
     # one descent gives the errors of all numbers of steps
     steps = [row for row in rows if row["kind"] == "steps"]
-    for row, run in zip(steps, (row for row in runs if row["name"] == "et"), strict=True):
+    for row, run in zip(steps, (row for row in runs if row["name"].startswith("et")), strict=True):
         assert len(row["mse"]) == len(row["energy"]) == 5
-        assert row["mse"][2] == pytest.approx(run["mse"], rel=1e-4)
-    (first, _) = [row for row in rows if row["kind"] == "tolerance"]
+        trained = 1 if row["name"] == "et-1" else 2
+        assert row["mse"][trained] == pytest.approx(run["mse"], rel=1e-4)
+    first, *_ = [row for row in rows if row["kind"] == "tolerance"]
     assert first["steps"] < 4  # a tolerance this wide stops at once
 
     for name in ("draw_rows", "draw_steps", "draw_thinking"):
         monkeypatch.setattr(completion, name, lambda *args: None)
     monkeypatch.setattr(completion, "train", lambda *args: pytest.fail("trained again"))
-    assert completion.main(argv_of(data, tmp_path, "--no-variants")) == text
+    assert completion.main(argv_of(data, tmp_path, *more)) == text
     assert len(path.read_text().splitlines()) == len(rows)
 
 
@@ -191,7 +195,7 @@ def test_settings_are_picked_and_variants_change_one_option(script):
     assert "visible_ratio=0" in variants and "visible_ratio=0.1" not in variants
     assert "self_attention=False" in variants and "completion_loss='mse'" not in variants
     for recipe in variants.values():
-        assert asdict(recipe)["fields"]["step_size"] in (0.3, 0.15)
+        assert asdict(recipe)["fields"]["step_size"] in (0.3, 0.15, 0.1)
     assert variants["random positions"] == training.Recipe("et", 1e-3, {"step_size": 0.3}, "random")
     sine, random = (training.Recipe("et", 1e-3, {}, start).make(config, 0).positions for start in ("sine", "random"))
     assert torch.equal(sine[0], random[0])

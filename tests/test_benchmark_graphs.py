@@ -148,12 +148,12 @@ def test_the_best_epoch_is_kept_and_patience_ends(script, nodes):
     for model, setting in (("ET", {"T": 2, "lr": 0.01}), ("GCN", {"dropout": 0.5, "lr": 0.01})):
         torch.manual_seed(0)
         network = peers.make_network(model, setting, 3, 8)
-        found = peers.fit_network(network, split, 0.01, epochs=40, patience=3, random=model == "GCN")
-        assert found["epochs"] == min(40, found["epoch"] + 3)
+        found = peers.fit_network(network, split, 0.01, epochs=15, patience=3, random=model == "GCN")
+        assert found["epochs"] == min(15, found["epoch"] + 3)
         with torch.no_grad():
             chances = peers.logits_of(network, split).softmax(-1)[:, 1]
         torch.manual_seed(0)
-        again = peers.run_network(model, setting, split, 0, 8, 40, 3)[0]
+        again = peers.run_network(model, setting, split, 0, 8, 15, 3)[0]
         assert again["validation_auc"] == pytest.approx(peers.judge(split, chances)["validation_auc"])
 
 
@@ -190,7 +190,7 @@ def molecules(tmp_path) -> Path:
 
 def argv_of_rings(molecules: Path, path: Path) -> list[str]:
     argv = ["--data", str(molecules), "--sets", "RINGS", "--tuning-sets", "RINGS", "--tuning-folds", "1"]
-    argv += ["--hidden-size", "8", "--epochs", "2", "--steps", "1", "2", "--threads", "1", "--results", str(path)]
+    argv += ["--epochs", "1", "--steps", "1", "2", "--threads", "1", "--results", str(path)]
     return argv
 
 
@@ -243,7 +243,7 @@ def test_the_best_weights_are_kept(script, molecules):
     fold = data.fold(2)
     for model in ("ET", "GIN"):
         torch.manual_seed(0)
-        network = peers.make_network(model, peers.TRIES[model][0], 3, 2, 8)
+        network = peers.make_network(model, peers.TRIES[model][0], 3, 2)
         found = peers.fit(network, fold, 0.01, epochs=4, size=16, seed=0)
         assert found["validation"] == peers.judge(network, fold.validation, 16)[0]
         assert peers.judge(network, fold.test, 1)[0] == peers.judge(network, fold.test, 16)[0]

@@ -41,12 +41,12 @@ def fill(data: Data, results: Results) -> dict[str, Completer]:
     return methods
 
 
-def think(model: nn.Module, seed: int, data: Data, results: Results, options: argparse.Namespace) -> None:
+def think(model: nn.Module, name: str, seed: int, data: Data, results: Results, options: argparse.Namespace) -> None:
     """Error and energy after every number of steps, and where a tolerance stops."""
     some = slice(0, options.thinking_images)
     images, mask = scaled(data.test[some]), data.test_mask[some]
     batches = list(zip(images.split(BATCH), mask.split(BATCH), data.hidden(mask).split(BATCH), strict=True))
-    about = {"seed": seed, "most": options.most_steps, "images": len(images)}
+    about = {"name": name, "seed": seed, "most": options.most_steps, "images": len(images)}
     if results.find(kind="steps", **about) is None:
         errors = torch.zeros(options.most_steps + 1, dtype=torch.float64)
         energies = torch.zeros_like(errors)

@@ -3,11 +3,12 @@
 import argparse
 import statistics
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from common import Results
-from completers.training import OPTIMIZER, WARM_UP, Recipe
+from completers.training import OPTIMIZER, WARM_UP, Plan, Recipe
 
 from ebt_transformers import EnergyTransformerConfig
 from ebt_transformers.reporting import table
@@ -33,16 +34,13 @@ def mean(rows: Sequence[Row], name: str) -> float:
     return statistics.fmean(row[name] for row in rows)
 
 
-def all_rows(
-    results: Results, plan: Sequence[tuple[str, str, int]], seeds: Sequence[int], fillings: Sequence[str]
-) -> list[list[str]]:
+def all_rows(results: Results, plans: Sequence[Plan], fillings: Sequence[str]) -> list[list[str]]:
     """
     The table of all methods, those without a model first.
 
     Args:
         results ([`Results`]): what was measured.
-        plan (sequence of name, model and updates): what was trained.
-        seeds (sequence of `int`): of the runs.
+        plans (sequence of `Plan`): what was trained.
         fillings (sequence of `str`): names of the methods without a model.
     """
     lines = []
@@ -52,11 +50,19 @@ def all_rows(
         lines.append([name, "", "", "", f"{row['ms']:.2f}", *_quality([row])])
     times = results.find(kind="time")
     assert times is not None
-    for name, model, updates in plan:
-        rows = runs_of(results, name, updates, seeds)
-        about = [f"{rows[0]['parameters']:,}", f"{updates:,}", f"{mean(rows, 'seconds'):.0f}"]
-        lines.append([TITLES[name], *about, f"{times[model]:.2f}", *_quality(rows)])
+    for plan in plans:
+        rows = runs_of(results, plan.name, plan.updates, plan.seeds)
+        about = [f"{rows[0]['parameters']:,}", f"{plan.updates:,}", f"{mean(rows, 'seconds'):.0f}"]
+        asked = times.get(plan.name.removesuffix("-time"))
+        lines.append([_title(plan), *about, "" if asked is None else f"{asked:.2f}", *_quality(rows)])
     return lines
+
+
+def _title(plan: Plan) -> str:
+    """What a plan is called in tables."""
+    if plan.name in TITLES:
+        return TITLES[plan.name]
+    return f"Energy Transformer, {plan.recipe.fields['thinking_steps']} steps"
 
 
 def _quality(rows: Sequence[Row]) -> list[str]:
@@ -77,18 +83,15 @@ def _written(recipe: Recipe | Mapping[str, Any]) -> str:
 
 def more_tables(
     results: Results,
+    plans: Sequence[Plan],
     tries: Sequence[Row],
-    chosen: Mapping[str, Recipe],
     changed: Mapping[str, Row],
     options: argparse.Namespace,
-    config: EnergyTransformerConfig,
 ) -> list[str]:
     """Longer and shorter thinking, the tries, and what options change."""
-    parts = [
-        "## Thinking longer and shorter than in training",
-        _about_steps(results, options),
-        _steps_table(results, options),
-    ]
+    thinking = [plan for plan in plans if plan.recipe.model == "et"]
+    parts = ["## Thinking longer and shorter than in training", _about_steps(results, options)]
+    parts.append(_steps_table(results, thinking, options))
     if options.tolerances:
         parts += ["## Stopping by `thinking_tolerance`", _tolerance_table(results, options)]
     lines = [
@@ -102,28 +105,22 @@ def more_tables(
         table(("model", "settings", "learning rate", "masked MSE"), lines),
     ]
     if changed:
-        (base,) = [row for row in tries if row["recipe"]["model"] == "et" and _is(row["recipe"], chosen["et"])]
+        chosen = asdict(thinking[0].recipe)
+        (base,) = [row for row in tries if row["recipe"] == chosen]
         lines = [["as chosen", _error(base["mse"]), f"{base['seconds']:.0f}"]]
         lines += [[name, _error(row["mse"]), f"{row['seconds']:.0f}"] for name, row in changed.items()]
         parts += [
             "## One option changed",
-            f"The chosen Energy Transformer ({_written(chosen['et'])}; `completion_loss={config.completion_loss!r}`, "
-            f"`visible_ratio={config.visible_ratio:g}`, `self_attention={config.self_attention}`), "
-            f"{options.trial_updates} updates, one seed; on the same images as the tries.",
+            f"The chosen Energy Transformer after {options.trial_updates} updates, as the tries; one seed.",
             table(("changed", "masked MSE", "training s"), lines),
         ]
     return parts
 
 
-def _is(row: Mapping[str, Any], recipe: Recipe) -> bool:
-    same = row["learning_rate"] == recipe.learning_rate
-    return same and row["fields"] == recipe.fields
-
-
-def thinking_of(results: Results, options: argparse.Namespace, kind: str, **key: Any) -> list[Row]:
-    """The rows about thinking of every seed, of a kind: `"steps"` or `"tolerance"`."""
+def thinking_of(results: Results, options: argparse.Namespace, kind: str, name: str, **key: Any) -> list[Row]:
+    """The rows about thinking of every seed of a plan, of a kind: `"steps"` or `"tolerance"`."""
     about = {"most": options.most_steps, "images": min(options.thinking_images, results.settings["test_images"])}
-    found = [results.find(kind=kind, seed=seed, **about, **key) for seed in options.seeds]
+    found = [results.find(kind=kind, name=name, seed=seed, **about, **key) for seed in options.seeds]
     return [row for row in found if row is not None]
 
 
@@ -131,24 +128,25 @@ def _about_steps(results: Results, options: argparse.Namespace) -> str:
     images = min(options.thinking_images, results.settings["test_images"])
     return (
         "Every Energy Transformer with other numbers of steps than it was trained with; no step shows what the "
-        f"decoder makes of the tokens as they start. Means over the first {images} images "
-        f"and {len(options.seeds)} seeds."
+        f"decoder makes of the tokens as they start. Means over the first {images} images and the seeds."
     )
 
 
-def _steps_table(results: Results, options: argparse.Namespace) -> str:
-    rows = thinking_of(results, options, "steps")
+def _steps_table(results: Results, plans: Sequence[Plan], options: argparse.Namespace) -> str:
     steps = [step for step in SHOWN if step <= options.most_steps]
-    errors = [f"{statistics.fmean(row['mse'][step] for row in rows):.4f}" for step in steps]
-    energies = [f"{statistics.fmean(row['energy'][step] for row in rows):.5g}" for step in steps]
-    header = ("steps", *map(str, steps))
-    return table(header, [["masked MSE", *errors], ["energy of an image", *energies]])
+    lines = []
+    for plan in plans:
+        rows = thinking_of(results, options, "steps", plan.name)
+        for label, name, form in (("masked MSE", "mse", ".4f"), ("energy of an image", "energy", ".5g")):
+            cells = [format(statistics.fmean(row[name][step] for row in rows), form) for step in steps]
+            lines.append([_title(plan), label, *cells])
+    return table(("model", "after steps", *map(str, steps)), lines)
 
 
 def _tolerance_table(results: Results, options: argparse.Namespace) -> str:
     lines = []
     for tolerance in options.tolerances:
-        rows = thinking_of(results, options, "tolerance", tolerance=tolerance)
+        rows = thinking_of(results, options, "tolerance", "et", tolerance=tolerance)
         lines.append([f"{tolerance:g}", f"{mean(rows, 'steps'):.1f}", f"{mean(rows, 'mse'):.4f}"])
     return table(("tolerance", f"steps taken (at most {options.most_steps})", "masked MSE"), lines)
 

@@ -5,7 +5,7 @@ Shapes: ``B`` images, ``C`` channels, ``H x W`` pixels, ``N`` patches.
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import torch
 from common import synchronize
 from diffusers.models.embeddings import get_2d_sincos_pos_embed
 from torch import Tensor, nn
-from transformers import TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 
 from ebt_transformers import EnergyTransformerConfig, EnergyTransformerForImageCompletion
 from ebt_transformers.modeling_et.completion_et import draw_masks
@@ -24,7 +24,7 @@ from ebt_transformers.training.trainer import EBTTrainer
 
 BATCH = 50  # images completed at once
 WARM_UP = 0.1  # share of the updates
-TIMED_UPDATES = 10  # in every turn of timing
+TIMED_UPDATES = 30  # in every turn of timing
 # of the paper, for both models (§2 of its appendix as the authors' code has it)
 OPTIMIZER = {"adam_beta1": 0.9, "adam_beta2": 0.99, "weight_decay": 0.05, "max_grad_norm": 1.0}
 OPTIMIZER |= {"lr_scheduler_type": "cosine"}
@@ -63,6 +63,24 @@ class Recipe:
         if self.positions == "sine":
             start_positions(model)
         return model
+
+
+@dataclass(frozen=True)
+class Plan:
+    """
+    What to train at full length.
+
+    Args:
+        name (`str`): of the runs.
+        recipe ([`Recipe`]): what it is.
+        updates (`int`): how long.
+        seeds (sequence of `int`): a run for each.
+    """
+
+    name: str
+    recipe: Recipe
+    updates: int
+    seeds: Sequence[int]
 
 
 @torch.no_grad()
@@ -218,6 +236,18 @@ def complete(model: nn.Module, images: Tensor, mask: Tensor, **thinking: Any) ->
     return torch.cat(found)
 
 
+class _Watch(TrainerCallback):
+    """Looks at the clock after every update: what a trainer does once is not in between."""
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+        self.times: list[float] = []
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        """Called by the trainer."""
+        self.times.append(clock(self.device))
+
+
 def seconds_per_update(
     recipe: Recipe, config: EnergyTransformerConfig, pixels: Tensor, batch_size: int, folder: Path, device: str
 ) -> Callable[[], list[float]]:
@@ -232,16 +262,18 @@ def seconds_per_update(
     model = recipe.make(config, 0)
 
     def work() -> list[float]:
-        trainer = make_trainer(recipe, model, pixels, TIMED_UPDATES, batch_size, 0, folder)
-        started = clock(device)
+        watch = _Watch(device)
+        trainer = make_trainer(recipe, model, pixels, 1 + TIMED_UPDATES, batch_size, 0, folder)
+        trainer.add_callback(watch)
         trainer.train()
-        return [(clock(device) - started) / TIMED_UPDATES]
+        return [(watch.times[-1] - watch.times[0]) / TIMED_UPDATES]
 
     return work
 
 
 __all__ = [
     "Masking",
+    "Plan",
     "Recipe",
     "clock",
     "complete",

@@ -27,12 +27,15 @@ SMOOTHING, DECAY, CLIP = 0.05, 0.05, 1.0
 
 # what each model is tried with: settings of its own, and one change at a time
 BASE: dict[str, dict[str, Any]] = {
-    ET: {"blocks": 2, "T": 2, "alpha": 0.1, "lr": 1e-3, "laplacian": True, "modulation": False, "noise": 0.02},
-    GIN_NAME: {"layers": 4, "lr": 1e-3, "dropout": 0.5, "norm": True},
+    ET: {
+        **{"hidden": 32, "blocks": 2, "T": 2, "alpha": 0.1, "init": 0.1, "lr": 3e-3},
+        **{"laplacian": True, "modulation": False, "noise": 0.02},
+    },
+    GIN_NAME: {"hidden": 32, "layers": 4, "lr": 1e-3, "dropout": 0.5, "norm": True},
 }
 CHANGES: dict[str, list[dict[str, Any]]] = {
-    ET: [{}, {"laplacian": False}, {"modulation": True}, {"noise": 0.0}, {"lr": 5e-3}, {"alpha": 1.0}],
-    GIN_NAME: [{}, {"layers": 5}, {"layers": 2}, {"dropout": 0.0}, {"lr": 5e-3}, {"norm": False}],
+    ET: [{}, {"laplacian": False}, {"modulation": True}, {"noise": 0.0}, {"lr": 1e-3}, {"hidden": 64}],
+    GIN_NAME: [{}, {"layers": 2}, {"dropout": 0.0}, {"norm": False}, {"lr": 3e-3}, {"hidden": 64}],
 }
 TRIES = {model: [{**BASE[model], **change} for change in changes] for model, changes in CHANGES.items()}
 
@@ -75,12 +78,12 @@ class GraphSet:
         if folds is None:
             raise ValueError(f"{path} has no `test_fold`: this benchmark needs the folds.")
         graphs = [Graph.from_row(row).with_positions(POSITIONS) for row in table.with_format("numpy")]
-        return cls(path.stem, graphs, folds, 1 + max(int(graph.label) for graph in graphs))  # type: ignore[arg-type]
+        return cls(path.stem, graphs, folds, 1 + max(int(graph.label) for graph in graphs))
 
     def fold(self, number: int) -> Fold:
         """Graphs of fold `number` (from 1) test; a tenth of the others, stratified, validates."""
         others = np.flatnonzero(self.folds != number)
-        labels = [int(self.graphs[i].label) for i in others]  # type: ignore[arg-type]
+        labels = [int(self.graphs[i].label) for i in others]
         train, validation = train_test_split(others, test_size=VALIDATION_SHARE, stratify=labels, random_state=number)
         tested = np.flatnonzero(self.folds == number)
         return Fold(*([self.graphs[i] for i in part] for part in (train, validation, tested)))
@@ -105,12 +108,13 @@ class GINClassifier(nn.Module):
     torch_geometric's GIN, the sum over a graph's nodes of what all layers found, and two linear maps.
 
     Args:
-        features, hidden, classes (`int`): sizes.
+        features, classes (`int`): numbers that describe a node, and classes.
         setting (`dict`): one of its `TRIES`.
     """
 
-    def __init__(self, features: int, hidden: int, classes: int, setting: dict[str, Any]) -> None:
+    def __init__(self, features: int, classes: int, setting: dict[str, Any]) -> None:
         super().__init__()
+        hidden = setting["hidden"]
         norm = "batch_norm" if setting["norm"] else None
         self.layers = GIN(features, hidden, setting["layers"], out_channels=hidden, norm=norm, jk="cat")
         self.classifier = nn.Sequential(
@@ -122,24 +126,25 @@ class GINClassifier(nn.Module):
         return self.classifier(global_add_pool(self.layers(node_features, edge_index), graph_index))
 
 
-def make_network(model: str, setting: dict[str, Any], features: int, classes: int, hidden: int) -> nn.Module:
+def make_network(model: str, setting: dict[str, Any], features: int, classes: int) -> nn.Module:
     """
     A network with random weights.
 
     Args:
         model (`str`): `"ET"` or `"GIN"`.
         setting (`dict`): one of its `TRIES`.
-        features, classes, hidden (`int`): numbers that describe a node, classes, width.
+        features, classes (`int`): numbers that describe a node, and classes.
     """
     if model == GIN_NAME:
-        return GINClassifier(features, hidden, classes, setting)
+        return GINClassifier(features, classes, setting)
     config = EnergyTransformerConfig(
-        hidden_size=hidden,
+        hidden_size=setting["hidden"],
         num_attention_heads=2,
-        num_memories=2 * hidden,
+        num_memories=2 * setting["hidden"],
         num_blocks=setting["blocks"],
         thinking_steps=setting["T"],
         step_size=setting["alpha"],
+        initializer_range=setting["init"],
         noise_std=setting["noise"],
         position_embedding="laplacian" if setting["laplacian"] else "none",
         edge_modulation="pairwise" if setting["modulation"] else "none",
@@ -225,13 +230,13 @@ def fit(network: nn.Module, fold: Fold, rate: float, epochs: int, size: int, see
 
 
 def run_network(
-    model: str, setting: dict[str, Any], data: GraphSet, fold: Fold, seed: int, hidden: int, epochs: int, size: int
+    model: str, setting: dict[str, Any], data: GraphSet, fold: Fold, seed: int, epochs: int, size: int
 ) -> tuple[dict[str, Any], Callable[..., float]]:
     """
     Fits and judges a network.
 
     Args:
-        model, setting, hidden: as in [`make_network`].
+        model, setting: as in [`make_network`].
         data ([`GraphSet`]), fold ([`Fold`]): what to fit.
         seed (`int`): of the weights and the order of the graphs.
         epochs, size: as in [`fit`].
@@ -240,7 +245,7 @@ def run_network(
         What was found, and a function that gives the test accuracy for thinking options.
     """
     torch.manual_seed(seed)
-    network = make_network(model, setting, data.about()["features"], data.classes, hidden)
+    network = make_network(model, setting, data.about()["features"], data.classes)
     found = fit(network, fold, setting["lr"], epochs, size, seed)
 
     def test(**thinking: int) -> float:
@@ -252,9 +257,9 @@ def run_network(
 
 def majority(fold: Fold) -> float:
     """Test accuracy of the class that is most frequent in training and validation."""
-    seen = [int(graph.label) for graph in (*fold.train, *fold.validation)]  # type: ignore[arg-type]
+    seen = [int(graph.label) for graph in (*fold.train, *fold.validation)]
     most = int(np.bincount(seen).argmax())
-    return sum(int(graph.label) == most for graph in fold.test) / len(fold.test)  # type: ignore[arg-type]
+    return sum(int(graph.label) == most for graph in fold.test) / len(fold.test)
 
 
 __all__ = [

@@ -60,8 +60,9 @@ class Split:
     def adjacency(self) -> Tensor:
         """The edges as torch_geometric takes them fastest: a sparse matrix of ones."""
         count = len(self.labels)
-        ones = torch.ones(self.edge_index.shape[1])
-        return torch.sparse_coo_tensor(self.edge_index.flip(0), ones, (count, count)).coalesce().to_sparse_csr()
+        size, ones = (count, count), torch.ones(self.edge_index.shape[1])
+        edges = torch.sparse_coo_tensor(self.edge_index.flip(0), ones, size, check_invariants=False)
+        return edges.coalesce().to_sparse_csr()
 
     @cached_property
     def weight(self) -> float:
