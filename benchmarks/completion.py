@@ -138,7 +138,7 @@ def train(
 ) -> float:
     """Trains a model in place; returns the seconds of [`clock`]."""
     folder = options.runs / "trainer"
-    trainer = make_trainer(recipe, model, pixels, updates, options.batch_size, seed, folder)
+    trainer = make_trainer(recipe, model, pixels, updates, options.batch_size, seed, folder, options.device)
     started = clock(options.device)
     trainer.train()
     seconds = clock(options.device) - started
@@ -281,10 +281,10 @@ def draw(
     pictures["thinking"] = path.with_name(f"{path.stem}_thinking.png")
     draw_rows(pictures["completed"], rows)
     twins = [row["mse"] for row in runs_of(results, MAE, options.updates, options.seeds)]
-    stops = [
-        row for each in options.tolerances for row in thinking_of(results, options, "tolerance", ET, tolerance=each)
-    ]
-    draw_steps(pictures["steps"], thinking_of(results, options, "steps", ET), stops, trained, sum(twins) / len(twins))
+    stopped = [thinking_of(results, options, "tolerance", ET, tolerance=each) for each in options.tolerances]
+    names = {trained: ET, **{steps: f"{ET}-{steps}" for steps in options.also_steps}}
+    curves = {steps: thinking_of(results, options, "steps", name) for steps, name in names.items()}
+    draw_steps(pictures["steps"], curves, sum(stopped, []), sum(twins) / len(twins))
     some = slice(0, min(4, count))
     walks, energies = walk(models[ET], images[some], mask[some], options.most_steps)
     walks = merge(images[some, None], walks, hidden[some, None])

@@ -85,7 +85,7 @@ def test_anomaly_runs_resumes_and_says_what_its_rows_say(script, nodes, tmp_path
     assert "small, 2 %" not in text  # not even one anomaly could train
 
     fits = [row for row in rows if row["kind"] == "fit"]
-    assert len(fits) == 5 * (4 + 1)  # four tries on the first split, the best of them on the second
+    assert len(fits) == 5 * (5 + 1)  # five tries on the first split, the best of them on the second
     for model, stages in anomaly.STAGES.items():
         tried = [row for row in fits if row["model"] == model and row["split"] == 0]
         best = max(tried, key=lambda row: row["validation_auc"])
@@ -145,7 +145,10 @@ def test_splits_and_features(script, nodes):
 def test_the_best_epoch_is_kept_and_patience_ends(script, nodes):
     peers = script("graph_peers.nodes")
     split = peers.Graph.load(nodes / "small.npz").split(0.4, 0)
-    for model, setting in (("ET", {"T": 2, "lr": 0.01}), ("GCN", {"dropout": 0.5, "lr": 0.01})):
+    for model, setting in (
+        ("ET", {"T": 2, "alpha": 0.1, "lr": 0.01}),
+        ("GCN", {"dropout": 0.5, "layers": 2, "lr": 0.01}),
+    ):
         torch.manual_seed(0)
         network = peers.make_network(model, setting, 3, 8)
         found = peers.fit_network(network, split, 0.01, epochs=15, patience=3, random=model == "GCN")

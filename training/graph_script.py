@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from ..configuration import EnergyTransformerConfig
-    from .arguments_et import EnergyTransformerTrainingArguments
     from .graph_data import Standardisation
     from .trainer import EBTTrainer
 
@@ -212,19 +211,6 @@ def load_graph_model(model: GraphModelArguments, auto: Any, of_data: dict[str, A
 # ---- run -------------------------------------------------------------------------------------------------------
 
 
-def fit(
-    trainer: "EBTTrainer", training: "EnergyTransformerTrainingArguments", train: bool, checkpoint: str | None
-) -> None:
-    """Trains, from a checkpoint if there is one; or loads the checkpoint of a run that has nothing left to train."""
-    if train:
-        result = trainer.train(resume_from_checkpoint=checkpoint or False)
-        trainer.log_metrics("train", result.metrics)
-        trainer.save_metrics("train", result.metrics)
-        trainer.save_state()
-    elif checkpoint is not None:
-        trainer._load_from_checkpoint(checkpoint)
-
-
 def evaluate(trainer: "EBTTrainer", graphs: Any, split: str, shown: tuple[str, ...]) -> dict[str, float]:
     """
     Evaluates, tells the metrics in one line, and writes `<split>_results.json`.
@@ -308,7 +294,6 @@ __all__ = [
     "check_graph_options",
     "compare_thinking",
     "evaluate",
-    "fit",
     "graph_config",
     "graph_tables",
     "load_graph_model",

@@ -30,7 +30,6 @@ from .graph_script import (
     check_graph_options,
     compare_thinking,
     evaluate,
-    fit,
     graph_config,
     graph_tables,
     load_graph_model,
@@ -40,7 +39,9 @@ from .script import (
     Refusal,
     RunArguments,
     check_same_model,
+    conclude,
     finished_weights,
+    fit,
     parse_command_line,
     refusing_bad_values,
     say,
@@ -196,7 +197,7 @@ def _run(argv: list[str]) -> None:
     if checkpoint is not None:
         check_same_model(checkpoint, model)
     say_size(model)
-    fit(trainer, training_args, train, checkpoint)
+    fit(trainer, train, checkpoint)
     with refusing_bad_values():
         if validate or test:
             # the threshold comes from validation whatever is asked for: the test labels must not choose it
@@ -210,8 +211,7 @@ def _run(argv: list[str]) -> None:
         compare_thinking(trainer, graph_args.eval_thinking_steps, lambda: _score(trainer, graphs))
     if train:
         save_graph_model(trainer, scaling)
-    trainer.accelerator.wait_for_everyone()
-    trainer.accelerator.end_training()
+    conclude(trainer)
 
 
 def _prepare(graph: "Graph", config: Any, scaling: Any, run: GraphRunArguments) -> tuple["Graph", Any]:

@@ -29,7 +29,9 @@ from .script import (
     check_architecture_options,
     check_counts,
     check_same_model,
+    conclude,
     finished_weights,
+    fit,
     given_data_files,
     given_options,
     own_fields,
@@ -363,13 +365,7 @@ def _run(argv: list[str]) -> None:
     if checkpoint is not None:
         check_same_model(checkpoint, model)
     say_size(model)
-    if train:
-        result = trainer.train(resume_from_checkpoint=checkpoint or False)
-        trainer.log_metrics("train", result.metrics)
-        trainer.save_metrics("train", result.metrics)
-        trainer.save_state()
-    elif checkpoint is not None:
-        trainer._load_from_checkpoint(checkpoint)
+    fit(trainer, train, checkpoint)
     if validate and "validation" in rows:
         _evaluate(trainer, rows["validation"], "eval")
     if test and "test" in rows:
@@ -381,9 +377,7 @@ def _run(argv: list[str]) -> None:
             trainer.push_to_hub()
     if adapter_args.peft_merge:
         save_merged(trainer, Path(training_args.output_dir) / MERGED_FOLDER)
-    # several processes: one that ends while threads of its group still run is aborted
-    trainer.accelerator.wait_for_everyone()
-    trainer.accelerator.end_training()
+    conclude(trainer)
 
 
 def _parse_max_positions(model: ModelArguments) -> int | None:

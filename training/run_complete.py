@@ -29,7 +29,9 @@ from .script import (
     as_flags,
     check_counts,
     check_same_model,
+    conclude,
     finished_weights,
+    fit,
     given_data_files,
     given_options,
     own_fields,
@@ -344,16 +346,7 @@ def _run(argv: list[str]) -> None:
     if checkpoint is not None:
         check_same_model(checkpoint, model)
     say_size(model)
-    if train:
-        result = trainer.train(resume_from_checkpoint=checkpoint or False)
-        trainer.log_metrics("train", result.metrics)
-        trainer.save_metrics("train", result.metrics)
-        trainer.save_state()
-    elif checkpoint is not None:
-        trainer._load_from_checkpoint(checkpoint)
-        for callback in averages:
-            with refusing_bad_values():
-                callback.load(model, checkpoint, into_model=True)
+    fit(trainer, train, checkpoint, averages)
     for wanted, split, prefix in ((validate, "validation", "eval"), (test, "test", "test")):
         if wanted and split in images:
             _evaluate(trainer, images[split], prefix, evaluation_args.eval_thinking_steps)
@@ -364,9 +357,7 @@ def _run(argv: list[str]) -> None:
         say(f"Saved to {training_args.output_dir}.")
         if training_args.push_to_hub:
             trainer.push_to_hub()
-    # several processes: one that ends while threads of its group still run is aborted
-    trainer.accelerator.wait_for_everyone()
-    trainer.accelerator.end_training()
+    conclude(trainer)
 
 
 def _need_diffusers() -> None:

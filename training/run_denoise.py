@@ -29,7 +29,9 @@ from .script import (
     check_architecture_options,
     check_counts,
     check_same_model,
+    conclude,
     finished_weights,
+    fit,
     given_data_files,
     own_fields,
     parse_command_line,
@@ -402,16 +404,7 @@ def _run(argv: list[str]) -> None:
     if checkpoint is not None:
         check_same_model(checkpoint, model)
     say_size(model)
-    if train:
-        result = trainer.train(resume_from_checkpoint=checkpoint or False)
-        trainer.log_metrics("train", result.metrics)
-        trainer.save_metrics("train", result.metrics)
-        trainer.save_state()
-    elif checkpoint is not None:
-        trainer._load_from_checkpoint(checkpoint)
-        for callback in averages:
-            with refusing_bad_values():
-                callback.load(model, checkpoint, into_model=True)
+    fit(trainer, train, checkpoint, averages)
     if validate and "validation" in images:
         _evaluate(trainer, images["validation"], "eval")
     if test and "test" in images:
@@ -423,9 +416,7 @@ def _run(argv: list[str]) -> None:
             trainer.push_to_hub()
     if adapter_args.peft_merge:
         save_merged(trainer, Path(training_args.output_dir) / MERGED_FOLDER)
-    # several processes: one that ends while threads of its group still run is aborted
-    trainer.accelerator.wait_for_everyone()
-    trainer.accelerator.end_training()
+    conclude(trainer)
 
 
 def _describe(

@@ -32,7 +32,6 @@ from .graph_script import (
     check_graph_options,
     compare_thinking,
     evaluate,
-    fit,
     graph_config,
     graph_tables,
     load_graph_model,
@@ -43,7 +42,9 @@ from .script import (
     RunArguments,
     check_counts,
     check_same_model,
+    conclude,
     finished_weights,
+    fit,
     parse_command_line,
     refusing_bad_values,
     say,
@@ -293,7 +294,7 @@ def _run(argv: list[str]) -> None:
         check_same_model(checkpoint, model)
     say_size(model)
     with refusing_bad_values():
-        fit(trainer, training_args, train, checkpoint)
+        fit(trainer, train, checkpoint)
     names = {"validation": "eval", "test": "test"}
     for split, wanted in (("validation", validate), ("test", test)):
         if wanted and split in graphs:
@@ -301,8 +302,7 @@ def _run(argv: list[str]) -> None:
     compare_thinking(trainer, graph_args.eval_thinking_steps, lambda: _score(trainer, graphs))
     if train:
         save_graph_model(trainer, scaling)
-    trainer.accelerator.wait_for_everyone()
-    trainer.accelerator.end_training()
+    conclude(trainer)
 
 
 def _score(trainer: "EBTTrainer", graphs: dict[str, list["Graph"]]) -> dict[str, float]:

@@ -3,7 +3,7 @@
 import os
 import re
 from argparse import RawDescriptionHelpFormatter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
     from .arguments import EBTTrainingArguments
+    from .ema import EMACallback
+    from .trainer import EBTTrainer
 
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -298,6 +300,37 @@ def _remove_checkpoints(folder: Path) -> None:
             shutil.rmtree(checkpoint)
 
 
+# ---- run -------------------------------------------------------------------------------------------------------
+
+
+def fit(trainer: "EBTTrainer", train: bool, checkpoint: str | None, averages: "Sequence[EMACallback]" = ()) -> None:
+    """
+    Trains, or loads the weights of a run that has nothing left to train.
+
+    Args:
+        trainer ([`EBTTrainer`]): with model and data.
+        train (`bool`): whether to train.
+        checkpoint (`str`, *optional*): a checkpoint folder to go on from, or to load.
+        averages (sequence of [`EMACallback`]): moving averages of the weights, which then are the model's weights.
+    """
+    if train:
+        result = trainer.train(resume_from_checkpoint=checkpoint or False)
+        trainer.log_metrics("train", result.metrics)
+        trainer.save_metrics("train", result.metrics)
+        trainer.save_state()
+    elif checkpoint is not None:
+        trainer._load_from_checkpoint(checkpoint)
+        for callback in averages:
+            with refusing_bad_values():
+                callback.load(trainer.accelerator.unwrap_model(trainer.model), checkpoint, into_model=True)
+
+
+def conclude(trainer: "EBTTrainer") -> None:
+    """Ends a run; of several processes, one that ends while threads of its group still run would be aborted."""
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.end_training()
+
+
 # ---- model -----------------------------------------------------------------------------------------------------
 
 
@@ -339,7 +372,9 @@ __all__ = [
     "check_architecture_options",
     "check_counts",
     "check_same_model",
+    "conclude",
     "finished_weights",
+    "fit",
     "given_data_files",
     "given_options",
     "own_fields",

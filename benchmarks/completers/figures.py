@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from denoisers.pictures import to_unit
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
 from torch import Tensor
 
 
@@ -13,8 +14,10 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 INCH = 0.95  # side of an image
-ET_COLOUR, MAE_COLOUR, GREY = "#d55e00", "#0072b2", "#6b6b6b"  # colour-blind safe (Okabe and Ito)
-MASKED_GREY = 0.0  # of masked pixels, in -1..1
+# colour-blind safe (Okabe and Ito)
+ET_COLOURS = ("#d55e00", "#009e73", "#cc79a7", "#8c4a00")
+MAE_COLOUR, GREY = "#0072b2", "#6b6b6b"
+TICKS = (0, 1, 2, 4, 8, 16, 32, 64, 128)
 
 
 def _show(axes: "Axes", image: Tensor) -> None:
@@ -45,51 +48,41 @@ def draw_rows(path: Path, rows: Mapping[str, Tensor]) -> None:
 
 
 def draw_steps(
-    path: Path, rows: Sequence[Mapping[str, Any]], tolerances: Sequence[Mapping[str, Any]], trained: int, mae: float
+    path: Path, curves: Mapping[int, Sequence[Mapping[str, Any]]], tolerances: Sequence[Mapping[str, Any]], mae: float
 ) -> None:
     """
     Masked error and energy against thinking steps, of every seed.
 
     Args:
         path (`Path`): of the picture.
-        rows (sequence of `dict`): `mse` and `energy` after 0, 1, 2, ... steps.
+        curves (mapping of steps in training to sequences of `dict`): `mse` and `energy` after 0, 1, 2, ... steps.
         tolerances (sequence of `dict`): where a tolerance stopped: `steps` and `mse`.
-        trained (`int`): steps in training.
         mae (`float`): error of the twin.
     """
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    figure = Figure(figsize=(9.5, 3.7), layout="constrained")
     left, right = figure.subplots(1, 2)
-    for row in rows:
-        steps = range(len(row["mse"]))
-        left.plot(steps, row["mse"], color=ET_COLOUR, linewidth=1.2)
-        right.plot(steps, row["energy"], color=ET_COLOUR, linewidth=1.2)
-    left.plot([], [], color=ET_COLOUR, label="ET, each seed")
-    left.plot(
-        [row["steps"] for row in tolerances],
-        [row["mse"] for row in tolerances],
-        "k*",
-        markersize=8,
-        label="stopped by a tolerance",
-    )
+    most = max(len(row["mse"]) for rows in curves.values() for row in rows) - 1
+    for (trained, rows), colour in zip(curves.items(), ET_COLOURS * len(curves), strict=False):
+        for axes, name in ((left, "mse"), (right, "energy")):
+            axes.axvline(trained, color=colour, linestyle=":", linewidth=1)
+            for number, row in enumerate(rows):
+                label = f"ET trained with {trained} steps (dotted)" if number == 0 else None
+                axes.plot(range(len(row[name])), row[name], color=colour, linewidth=1.2, label=label)
+    if tolerances:
+        taken, errors = ([row[name] for row in tolerances] for name in ("steps", "mse"))
+        left.plot(taken, errors, "k*", markersize=7, linestyle="", label="stopped by a tolerance")
     left.axhline(mae, color=MAE_COLOUR, linestyle="--", label="MAE, equal updates")
     for axes, name in ((left, "masked MSE (-1..1)"), (right, "energy of an image")):
-        axes.axvline(trained, color=GREY, linestyle=":", label="steps in training")
-        axes.set(xlabel="thinking steps", ylabel=name, xscale="symlog")
-        axes.set_xticks([0, 1, 2, 4, 8, 16, 32, 64][: len(bin(len(rows[0]["mse"]))) - 1])
+        axes.set(xlabel="thinking steps", ylabel=name, xscale="symlog", xlim=(-0.15, 1.08 * most))
+        axes.set_xticks([step for step in TICKS if step <= most])
         axes.xaxis.set_major_formatter("{x:g}")
-        axes.xaxis.set_minor_locator(_no_ticks())
+        axes.xaxis.set_minor_locator(NullLocator())
         axes.grid(alpha=0.25)
     left.set_yscale("log")
     left.yaxis.set_minor_formatter("{x:g}")
     left.yaxis.set_major_formatter("{x:g}")
-    left.legend(fontsize=8)
+    figure.legend(*left.get_legend_handles_labels(), loc="outside upper center", ncols=4, fontsize=8, frameon=False)
     figure.savefig(path, dpi=150)
-
-
-def _no_ticks() -> Any:
-    from matplotlib.ticker import NullLocator
-
-    return NullLocator()
 
 
 def draw_thinking(
@@ -117,7 +110,7 @@ def draw_thinking(
             if number == 0:
                 axes.set_title(title, fontsize=8)
         curve = line[-1]
-        curve.plot(energies[number].tolist(), color=ET_COLOUR, linewidth=1.2)
+        curve.plot(energies[number].tolist(), color=ET_COLOURS[0], linewidth=1.2)
         curve.axvline(trained, color=GREY, linestyle=":")
         curve.tick_params(labelsize=6)
         if number == 0:

@@ -161,7 +161,14 @@ def clock(device: str) -> float:
 
 
 def make_trainer(
-    recipe: Recipe, model: nn.Module, pixels: Tensor, updates: int, batch_size: int, seed: int, folder: Path
+    recipe: Recipe,
+    model: nn.Module,
+    pixels: Tensor,
+    updates: int,
+    batch_size: int,
+    seed: int,
+    folder: Path,
+    device: str = "cpu",
 ) -> EBTTrainer:
     """
     A trainer for a model, of any kind: the same images and masks in the same order.
@@ -173,6 +180,7 @@ def make_trainer(
         updates, batch_size (`int`): how long, and how many images each.
         seed (`int`): of images and masks.
         folder (`Path`): the trainer's.
+        device (`str`, *optional*, defaults to `"cpu"`): where; another than that is the one that the Trainer picks.
     """
     masks = model.config if recipe.model == "et" else mask_config(model.config)
     arguments = TrainingArguments(
@@ -185,6 +193,7 @@ def make_trainer(
         train_sampling_strategy="sequential",  # the data set has its own order
         remove_unused_columns=False,
         dataloader_pin_memory=False,
+        use_cpu=device == "cpu",
         save_strategy="no",
         logging_steps=max(1, updates // 20),
         report_to="none",
@@ -263,7 +272,7 @@ def seconds_per_update(
 
     def work() -> list[float]:
         watch = _Watch(device)
-        trainer = make_trainer(recipe, model, pixels, 1 + TIMED_UPDATES, batch_size, 0, folder)
+        trainer = make_trainer(recipe, model, pixels, 1 + TIMED_UPDATES, batch_size, 0, folder, device)
         trainer.add_callback(watch)
         trainer.train()
         return [(watch.times[-1] - watch.times[0]) / TIMED_UPDATES]

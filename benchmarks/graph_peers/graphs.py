@@ -34,8 +34,8 @@ BASE: dict[str, dict[str, Any]] = {
     GIN_NAME: {"hidden": 32, "layers": 4, "lr": 1e-3, "dropout": 0.5, "norm": True},
 }
 CHANGES: dict[str, list[dict[str, Any]]] = {
-    ET: [{}, {"laplacian": False}, {"modulation": True}, {"noise": 0.0}, {"lr": 1e-3}, {"hidden": 64}],
-    GIN_NAME: [{}, {"layers": 2}, {"dropout": 0.0}, {"norm": False}, {"lr": 3e-3}, {"hidden": 64}],
+    ET: [{}, {"laplacian": False}, {"modulation": True}, {"noise": 0.0}, {"lr": 1e-3}, {"alpha": 1.0}, {"hidden": 64}],
+    GIN_NAME: [{}, {"layers": 2}, {"dropout": 0.0}, {"norm": False}, {"lr": 3e-3}, {"layers": 6}, {"hidden": 64}],
 }
 TRIES = {model: [{**BASE[model], **change} for change in changes] for model, changes in CHANGES.items()}
 
