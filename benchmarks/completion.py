@@ -83,19 +83,18 @@ def variants_of(best: Recipe, config: EnergyTransformerConfig) -> dict[str, Reci
 
 def try_out(
     recipe: Recipe,
-    name: str,
-    config: EnergyTransformerConfig,
-    data: Data,
+    seed: int,
+    setup: tuple[EnergyTransformerConfig, Data, Results],
     options: argparse.Namespace,
-    results: Results,
 ) -> dict[str, Any]:
     """A short run of a recipe, judged on the validation images."""
-    key = {"kind": "trial", "recipe": asdict(recipe), "updates": options.trial_updates}
+    config, data, results = setup
+    key = {"kind": "trial", "recipe": asdict(recipe), "updates": options.trial_updates, "seed": seed}
     row = results.find(**key)
     if row is None:
-        model = recipe.make(config, options.trial_seed)
-        seconds = train(recipe, model, data.train, options.trial_updates, options.trial_seed, options)
-        row = {**key, "name": name, "mse": validation_error(model, data), "seconds": seconds}
+        model = recipe.make(config, seed)
+        seconds = train(recipe, model, data.train, options.trial_updates, seed, options)
+        row = {**key, "mse": validation_error(model, data), "seconds": seconds}
         results.append(row)
     return row
 
@@ -241,7 +240,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--validation-images", type=int, default=512, help="of the training file, to pick settings on")
     parser.add_argument("--test-images", type=int, default=1000)
     parser.add_argument("--trial-updates", type=int, default=300)
-    parser.add_argument("--trial-seed", type=int, default=100)
+    parser.add_argument("--trial-seeds", type=int, nargs="+", default=[100], help="the first picks the settings")
     parser.add_argument("--step-sizes", type=float, nargs="+", default=[0.1, 0.3, 1.0])
     parser.add_argument("--learning-rates", type=float, nargs="+", default=[1e-3, 3e-3, 1e-2])
     parser.add_argument("--mae-learning-rates", type=float, nargs="+", help="default: --learning-rates")
@@ -311,7 +310,7 @@ def main(argv: Sequence[str] | None = None) -> str:
 
     methods = fill(data, results)
     recipes = grid_of(options)
-    tries = [try_out(recipe, "", *setup[:2], options, results) for recipe in tqdm(recipes, desc="tries")]
+    tries = [try_out(recipe, options.trial_seeds[0], setup, options) for recipe in tqdm(recipes, desc="tries")]
     errors = [row["mse"] for row in tries]
     chosen = {name: best_of(name, recipes, errors) for name in (ET, MAE)}
     ratio = compare_updates(chosen, setup, options)
@@ -321,9 +320,9 @@ def main(argv: Sequence[str] | None = None) -> str:
         for plan in (plan for plan in plans[:3] if seed in plan.seeds):
             models.setdefault(plan.name, follow(plan, seed, setup, options))
     time_models(models[ET], models[MAE], data, results, options)
-    variants = {} if options.no_variants else variants_of(chosen[ET], config)
+    variants = {} if options.no_variants else {"as chosen": chosen[ET], **variants_of(chosen[ET], config)}
     changed = {
-        name: try_out(recipe, name, *setup[:2], options, results)
+        name: [try_out(recipe, seed, setup, options) for seed in options.trial_seeds]
         for name, recipe in tqdm(variants.items(), desc="options")
     }
     for plan in plans[3:]:

@@ -146,7 +146,7 @@ def line_of(label: str, model: str, rows: Sequence[dict[str, Any]]) -> list[str]
     return [
         *(label, model, percents(rows, "test"), percents(rows, "train"), percents(rows, "validation")),
         f"{rows[0]['parameters']:,}",
-        f"{statistics.fmean(row['seconds'] for row in rows):.0f}",
+        f"{statistics.median(row['seconds'] for row in rows):.0f}",
         f"{statistics.fmean(row['epoch'] for row in rows):.0f}",
     ]
 
@@ -165,7 +165,7 @@ def tries_lines(results: Results, options: argparse.Namespace) -> list[list[str]
             lines.append(
                 [
                     *(model, (settings_text(change) or "none") + mark, f"{100 * tuned_accuracy(rows):.1f}"),
-                    *(f"{every[0]['parameters']:,}", f"{statistics.fmean(row['seconds'] for row in every):.0f}"),
+                    *(f"{every[0]['parameters']:,}", f"{statistics.median(row['seconds'] for row in every):.0f}"),
                     *accuracies,
                 ]
             )
@@ -192,7 +192,7 @@ def notes_on(results: Results, options: argparse.Namespace, shown: Sequence[str]
             f"ET: {et}; two heads, twice as many memories as `hidden` in each block, read from the CLS token. "
             f"GIN (torch_geometric): {gin}; sums of all layers' nodes. These settings are the same for all sets "
             "(see below). Nodes are described by their labels and attributes; where there are none, by their degree, "
-            "one-hot. `seconds`: with validation, on a machine with other work.",
+            "one-hot. `seconds`: with validation, the median, on a machine with other work.",
             f"{about}.",
             "The accuracies published for the Energy Transformer on such sets are, in the authors' released code, "
             "those of graphs it was trained on: they compare with no column here but `training`, and are no target.",

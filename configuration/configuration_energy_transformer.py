@@ -10,6 +10,7 @@ from transformers.utils import TRANSFORMERS_DYNAMIC_MODULE_NAME
 
 HOPFIELD_KINDS = ("relu", "power", "softmax")
 COMPLETION_LOSSES = ("mse", "rmse", "diluted_rmse")
+POSITION_INITS = ("normal", "sincos")
 POSITION_KINDS = ("none", "laplacian", "learned")
 EDGE_MODULATIONS = ("none", "pairwise")
 
@@ -53,6 +54,9 @@ class EnergyTransformerConfig(PreTrainedConfig):
         completion_loss (`str`, *optional*, defaults to `"mse"`):
             Images: over the patches that count, `"mse"` or its root `"rmse"`; `"diluted_rmse"` divides by all patches
             (the authors' code).
+        position_init (`str`, *optional*, defaults to `"normal"`):
+            Images: how the learned positions start. `"normal"`: at random, as the authors' do. `"sincos"`: as sines
+            and cosines of row and column, so that neighbours are alike from the start; learns faster.
         num_node_features (`int`, *optional*): Graphs: numbers that describe a node; heads for graphs need it.
         num_edge_features (`int`, *optional*, defaults to 0): Graphs: numbers that describe an edge.
         num_relations (`int`, *optional*, defaults to 1):
@@ -108,6 +112,7 @@ class EnergyTransformerConfig(PreTrainedConfig):
     mask_ratio: float | int = 0.5
     visible_ratio: float | int = 0.1
     completion_loss: str = "mse"
+    position_init: str = "normal"
     num_node_features: int | None = None
     num_edge_features: int = 0
     num_relations: int = 1
@@ -177,6 +182,11 @@ class EnergyTransformerConfig(PreTrainedConfig):
 
     def _check_images(self) -> None:
         self._check_choice("completion_loss", COMPLETION_LOSSES)
+        self._check_choice("position_init", POSITION_INITS)
+        if self.position_init == "sincos" and self.hidden_size % 4:
+            raise ValueError(
+                f"`position_init='sincos'` needs a `hidden_size` that is a multiple of 4, got {self.hidden_size}."
+            )
         size = self.image_size
         if isinstance(size, list) and len(size) != 2:
             raise ValueError(f"`image_size` must be one number, or height and width, got {size}.")

@@ -38,8 +38,8 @@ from .conversion_common_ebt import (
     value_of,
     warn_of_kept_flags,
 )
-from .layers_image import sincos_positions
 from .modeling_ebt_image import EBTForImageDenoising
+from .positions import sincos_positions
 
 
 MODALITY = "IMG"

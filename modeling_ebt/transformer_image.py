@@ -16,8 +16,9 @@ from transformers.utils import can_return_tuple
 from .checks import check_images
 from .configuration_ebt_image import EBTImageConfig
 from .layers_common import EBTEnergyHead, EBTModulation, EBTStepSize, head_energies, modulate, modulation_parts
-from .layers_image import EBTImageLayer, EBTImagePatches, cut_patches, sincos_positions
+from .layers_image import EBTImageLayer, EBTImagePatches, cut_patches
 from .outputs import EBTImageModelOutput
+from .positions import sincos_positions
 from .pretrained import EBTBasePreTrainedModel
 
 

@@ -16,6 +16,7 @@ from .checks import check_image_values, check_images
 from .configuration_energy_transformer import EnergyTransformerConfig
 from .energies import precise
 from .outputs_et import EnergyTransformerCompletionOutput
+from .positions import sincos_positions
 from .thinking_ebt import ThinkingConfig
 from .transformer_et import EnergyTransformerModel, EnergyTransformerPreTrainedModel
 
@@ -64,8 +65,15 @@ class EnergyTransformerForImageCompletion(EnergyTransformerPreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if module is self:
+            spread = self.config.attention_initializer_range or 0.0
             for token in (self.mask_token, self.cls_token, self.positions):
-                init.normal_(token, mean=0.0, std=self.config.attention_initializer_range)
+                init.normal_(token, mean=0.0, std=spread)
+            if self.config.position_init == "sincos":
+                rows, columns = self.config.grid
+                waves = sincos_positions(rows, columns, (rows, columns), self.config.hidden_size)
+                # as large as random ones would be: the mean square of waves is a half
+                waves = (2**0.5 * spread * waves).to(self.positions)
+                init.copy_(self.positions, torch.cat([self.positions[:1], waves]))
 
     def get_input_embeddings(self) -> nn.Module:
         """The map from the pixels of a patch to its token."""

@@ -32,6 +32,7 @@ from .energies import (
     precise,
 )
 from .outputs_et import EnergyTransformerModelOutput
+from .positions import sincos_positions
 from .pretrained import EBTBasePreTrainedModel
 from .thinking_ebt import FLAT_PREFIX, ThinkingConfig
 from .thinking_et import BlockEnergy, TokenSpace, resolve_thinking
@@ -39,7 +40,7 @@ from .thinking_et import BlockEnergy, TokenSpace, resolve_thinking
 
 ET_TAGS = ("energy-transformer", "energy-based-model")  # what the Hub lists our models under
 # what lives in another folder of the package; a saved model carries the files of these
-SHARED = (descend, StopRules, EBTBasePreTrainedModel, ThinkingConfig, check_energies)
+SHARED = (descend, StopRules, EBTBasePreTrainedModel, ThinkingConfig, check_energies, sincos_positions)
 
 
 class EnergyTransformerPreTrainedModel(EBTBasePreTrainedModel):
@@ -96,6 +97,9 @@ def _carry_shared_code(folder: Path) -> None:
         return
     for shared in SHARED:
         source = Path(inspect.getfile(shared))
+        # the rules are imported by the descent alone, so no re-export stands for them
+        if not (folder / source.name).is_file() and shared is not StopRules:
+            continue
         if source.resolve() != (folder / source.name).resolve():
             shutil.copyfile(source, folder / source.name)
 

@@ -12,7 +12,7 @@ from torch.testing import assert_close
 from transformers import AutoConfig, AutoModel, AutoModelForImageToImage
 
 from ebt_transformers import EBTForImageDenoising, EBTImageConfig, EBTImageModel
-from ebt_transformers.modeling_ebt.layers_image import sincos_positions
+from ebt_transformers.modeling_ebt.positions import sincos_positions
 
 
 TINY: dict[str, Any] = {

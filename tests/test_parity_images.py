@@ -19,7 +19,7 @@ from ebt_transformers import EBTForImageDenoising, EBTImageConfig, EBTImageModel
 from ebt_transformers.configuration.noise_ebt import noise_scheduler
 from ebt_transformers.modeling_ebt import conversion_ebt as conversion
 from ebt_transformers.modeling_ebt import conversion_ebt_image as image_conversion
-from ebt_transformers.modeling_ebt.layers_image import sincos_positions
+from ebt_transformers.modeling_ebt.positions import sincos_positions
 
 
 sys.path.append(str(Path(__file__).parent))  # the helper beside this file, under every import mode of pytest

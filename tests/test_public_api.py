@@ -51,8 +51,6 @@ PROMISED = {
     "EnergyTransformerModelOutput",
     "EnergyTransformerTrainingArguments",
     "GraphCollator",
-    "energy_transformer_from_official",
-    "energy_transformer_to_official",
 }
 NOT_BY_STAR = {"EBTDenoisingPipeline"}  # needs diffusers
 # what may be imported first; transformers imports its registries in the middle of some of these

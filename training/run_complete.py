@@ -56,6 +56,8 @@ if TYPE_CHECKING:
 MODEL_TYPE = "energy_transformer"
 # of a new model; the paper's: 224, 16, 768, 12
 DEFAULTS = {"image_size": 64, "patch_size": 8, "hidden_size": 256, "num_attention_heads": 8}
+# what learns well in a short training (benchmarks/results/completion.md); the paper has 12 steps of 0.1 from 0.002
+START = {"thinking_steps": 2, "step_size": 1.0, "attention_initializer_range": 0.1, "position_init": "sincos"}
 NORMALIZATION_NAMES = ("symmetric", "imagenet")  # what `complete_data.py` has; named here so that --help is quick
 THINKING = ("thinking_steps", "step_size", "visible_ratio", "completion_loss")  # mean nothing to the twin
 FIELDS = (*DEFAULTS, "num_channels", "num_blocks", "mask_ratio", *THINKING)
@@ -109,9 +111,14 @@ class ModelArguments:
         default=None, metadata={"help": "Blocks, descended one after another. Default: 1 (the paper)."}
     )
     thinking_steps: int | None = field(
-        default=None, metadata={"help": "Thinking steps in training and by default. Default: 12 (the paper)."}
+        default=None,
+        metadata={
+            "help": f"Thinking steps in training and by default. Default: {START['thinking_steps']} (the paper: 12)."
+        },
     )
-    step_size: float | None = field(default=None, metadata={"help": "Step size (alpha). Default: 0.1 (the paper)."})
+    step_size: float | None = field(
+        default=None, metadata={"help": f"Step size (alpha). Default: {START['step_size']} (the paper: 0.1)."}
+    )
     mask_ratio: float | None = field(
         default=None, metadata={"help": "Share of the patches that count in the loss. Default: 0.5 (the paper)."}
     )
@@ -124,7 +131,10 @@ class ModelArguments:
     )
     config_overrides: str | None = field(
         default=None,
-        metadata={"help": "Further config fields of a new model, e.g. num_memories=512,self_attention=false."},
+        metadata={
+            "help": "Further config fields of a new model, e.g. num_memories=512,self_attention=false. The paper's "
+            "start: attention_initializer_range=0.002,position_init=normal (here 0.1 and sincos)."
+        },
     )
     normalization: str | None = field(
         default=None,
@@ -220,7 +230,7 @@ def _config(model: ModelArguments) -> "EnergyTransformerConfig":
             f"--config_overrides: {', '.join(foreign)} means nothing to the twin. Fields: {', '.join(TWIN_FIELDS)}."
         )
     own = own_fields(model, FIELDS, overrides)
-    return EnergyTransformerConfig.for_images(**{**DEFAULTS, **own, **overrides})
+    return EnergyTransformerConfig.for_images(**{**DEFAULTS, **START, **own, **overrides})
 
 
 def _processor(model: ModelArguments, config: "EnergyTransformerConfig") -> "EBTImageProcessor":

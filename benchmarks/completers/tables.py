@@ -3,7 +3,6 @@
 import argparse
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +84,7 @@ def more_tables(
     results: Results,
     plans: Sequence[Plan],
     tries: Sequence[Row],
-    changed: Mapping[str, Row],
+    changed: Mapping[str, Sequence[Row]],
     options: argparse.Namespace,
 ) -> list[str]:
     """Longer and shorter thinking, the tries, and what options change."""
@@ -105,16 +104,22 @@ def more_tables(
         table(("model", "settings", "learning rate", "masked MSE"), lines),
     ]
     if changed:
-        chosen = asdict(thinking[0].recipe)
-        (base,) = [row for row in tries if row["recipe"] == chosen]
-        lines = [["as chosen", _error(base["mse"]), f"{base['seconds']:.0f}"]]
-        lines += [[name, _error(row["mse"]), f"{row['seconds']:.0f}"] for name, row in changed.items()]
+        lines = [_changed_line(name, rows) for name, rows in changed.items()]
         parts += [
             "## One option changed",
-            f"The chosen Energy Transformer after {options.trial_updates} updates, as the tries; one seed.",
-            table(("changed", "masked MSE", "training s"), lines),
+            f"The chosen Energy Transformer after {options.trial_updates} updates, on the images of the tries; means "
+            f"over {len(options.trial_seeds)} seed(s), `spread` the difference of the best and the worst.",
+            table(("changed", "masked MSE", "spread", "training s"), lines),
         ]
     return parts
+
+
+def _changed_line(name: str, rows: Sequence[Row]) -> list[str]:
+    errors = [row["mse"] for row in rows]
+    if None in errors:
+        return [name, _error(None), "", f"{mean(rows, 'seconds'):.0f}"]
+    spread = f"{max(errors) - min(errors):.4f}" if len(rows) > 1 else ""
+    return [name, _error(mean(rows, "mse")), spread, f"{mean(rows, 'seconds'):.0f}"]
 
 
 def thinking_of(results: Results, options: argparse.Namespace, kind: str, name: str, **key: Any) -> list[Row]:
@@ -137,7 +142,7 @@ def _steps_table(results: Results, plans: Sequence[Plan], options: argparse.Name
     lines = []
     for plan in plans:
         rows = thinking_of(results, options, "steps", plan.name)
-        for label, name, form in (("masked MSE", "mse", ".4f"), ("energy of an image", "energy", ".5g")):
+        for label, name, form in (("masked MSE", "mse", ".4f"), ("energy of an image", "energy", ",.0f")):
             cells = [format(statistics.fmean(row[name][step] for row in rows), form) for step in steps]
             lines.append([_title(plan), label, *cells])
     return table(("model", "after steps", *map(str, steps)), lines)

@@ -3,7 +3,6 @@
 Shapes: ``B`` images, ``C`` channels, ``H x W`` pixels, ``N`` patches.
 """
 
-import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -12,7 +11,6 @@ from typing import Any
 
 import torch
 from common import synchronize
-from diffusers.models.embeddings import get_2d_sincos_pos_embed
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainingArguments
 
@@ -59,10 +57,8 @@ class Recipe:
         torch.manual_seed(seed)
         if self.model == "mae":
             return mae_twin(config, **self.fields)
-        model = EnergyTransformerForImageCompletion(config_with(config, **self.fields))
-        if self.positions == "sine":
-            start_positions(model)
-        return model
+        start = "sincos" if self.positions == "sine" else "normal"
+        return EnergyTransformerForImageCompletion(config_with(config, position_init=start, **self.fields))
 
 
 @dataclass(frozen=True)
@@ -81,22 +77,6 @@ class Plan:
     recipe: Recipe
     updates: int
     seeds: Sequence[int]
-
-
-@torch.no_grad()
-def start_positions(model: EnergyTransformerForImageCompletion) -> None:
-    """
-    Sine and cosine position embeddings as large as the random ones of a new model, from which it learns on: neighbours
-    are alike from the start, as for the twin.
-
-    Args:
-        model ([`EnergyTransformerForImageCompletion`]): changed in place.
-    """
-    config = model.config
-    # patches one apart, as for the twin
-    sines = get_2d_sincos_pos_embed(config.hidden_size, config.grid, base_size=config.grid[0], output_type="pt")
-    # the mean square of sines and cosines is a half
-    model.positions[1:] = sines.to(model.positions.dtype) * math.sqrt(2) * config.attention_initializer_range
 
 
 def config_with(config: EnergyTransformerConfig, **fields: Any) -> EnergyTransformerConfig:

@@ -1,6 +1,7 @@
 """What benchmarks/anomaly.py fits: a graph whose nodes are to be judged, its splits, and the models. Not a script."""
 
 import copy
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -104,6 +105,16 @@ class Graph:
         if path.stem == AMAZON:
             labels[: int((labels == 1).nonzero()[0])] = UNKNOWN
         return cls(path.stem, features, edges, labels)
+
+    def about(self) -> dict[str, int]:
+        """Its numbers."""
+        return {
+            "nodes": len(self.labels),
+            "labelled": int((self.labels != UNKNOWN).sum()),
+            "anomalies": int((self.labels == 1).sum()),
+            "edges": self.edge_index.shape[1] // 2,
+            "features": self.features.shape[1],
+        }
 
     def split(self, share: float, seed: int) -> Split:
         """
@@ -261,6 +272,34 @@ def run_network(
     return {**found, "parameters": parameters, **judge(split, chances())}, chances
 
 
+def time_updates(settings: dict[str, dict[str, Any]], split: Split, hidden: int, turns: int = 5) -> dict[str, float]:
+    """
+    Seconds of one update of networks, which take turns, as the speed of a machine varies.
+
+    Args:
+        settings (`dict`): those of each network.
+        split ([`Split`]): what to fit.
+        hidden (`int`): width.
+        turns (`int`, *optional*, defaults to 5): of each; one more goes before them, for warming up.
+
+    Returns:
+        `dict` of `float`: medians.
+    """
+    networks = {
+        name: make_network(name, setting, split.features.shape[1], hidden) for name, setting in settings.items()
+    }
+    found: dict[str, list[float]] = {name: [] for name in networks}
+    for turn in range(turns + 1):
+        for name, network in networks.items():
+            optimizer = torch.optim.Adam(network.parameters())
+            started = time.perf_counter()
+            functional.cross_entropy(logits_of(network, split)[split.train], split.labels[split.train]).backward()
+            optimizer.step()
+            if turn:
+                found[name].append(time.perf_counter() - started)
+    return {name: statistics.median(values) for name, values in found.items()}
+
+
 def run_on_features(model: str, settings: dict[str, Any], split: Split, seed: int) -> dict[str, Any]:
     """
     Fits and judges a classifier that sees no edges.
@@ -304,4 +343,5 @@ __all__ = [
     "make_network",
     "run_network",
     "run_on_features",
+    "time_updates",
 ]
