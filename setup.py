@@ -21,12 +21,14 @@ SUBPACKAGES = (
     "web",
 )
 ROOT_MODULES = ("__init__", "cli", "cli_options", "demo", "demo_image", "registration", "reporting")
-DATA_FOLDERS = ("assets.tiny_ebt", "assets.tiny_ebt_image")  # no code inside; setuptools wants them named all the same
+# no code inside; setuptools wants them named all the same
+DATA_FOLDERS = ("assets.tiny_ebt", "assets.tiny_ebt_image", "assets.tiny_et")
 PACKAGE_DATA = {
     PACKAGE: ["py.typed"],
     f"{PACKAGE}.assets": ["*.png", "*.txt"],
     f"{PACKAGE}.assets.tiny_ebt": ["*"],
     f"{PACKAGE}.assets.tiny_ebt_image": ["*"],
+    f"{PACKAGE}.assets.tiny_et": ["*"],
 }
 
 

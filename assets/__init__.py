@@ -1,10 +1,11 @@
-"""Files that ship with the package: Tiny Shakespeare, a picture and the two small checkpoints of ``ebt demo``."""
+"""Files that ship with the package: Tiny Shakespeare, a picture and three small checkpoints."""
 
 from pathlib import Path
 
 
 __all__ = [
     "checkpoint_path",
+    "completion_checkpoint_path",
     "example_picture_path",
     "image_checkpoint_path",
     "shakespeare_path",
@@ -27,6 +28,11 @@ def checkpoint_path() -> Path:
 def image_checkpoint_path() -> Path:
     """Return the folder of the embedded model that denoises images; ``from_pretrained`` takes it as it is."""
     return _FOLDER / "tiny_ebt_image"
+
+
+def completion_checkpoint_path() -> Path:
+    """Return the folder of the embedded Energy Transformer that completes images; ``from_pretrained`` takes it."""
+    return _FOLDER / "tiny_et"
 
 
 def example_picture_path() -> Path:

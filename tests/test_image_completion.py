@@ -1,5 +1,6 @@
 """Laws of `pipeline("image-completion")`: visible patches stay, masks mean what they say, batches change nothing."""
 
+import json
 import os
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from ebt_transformers import (
     EnergyTransformerForImageCompletion,
     ImageCompletionPipeline,
 )
+from ebt_transformers.assets import completion_checkpoint_path, example_picture_path
 from ebt_transformers.pipelines import plot_completion
 from ebt_transformers.pipelines.patch_masks import random_patches
 
@@ -411,3 +413,27 @@ def test_the_processor_of_a_config_covers_its_size_and_is_saved(tmp_path: Path) 
         assert one(PICTURES, return_tensors="pt").pixel_values.shape == (4, 1, 8, 16)
     with pytest.raises(ValueError, match="`keep_aspect_ratio` needs a `size` of `height` and `width`"):
         EBTImageProcessor(do_resize=True, size={"shortest_edge": 8}, keep_aspect_ratio=True, patch_size=4)(PICTURE)
+
+
+# ---- the embedded model ----------------------------------------------------------------------------------------
+
+
+def test_the_embedded_model_completes_better_than_the_mean_of_what_is_visible() -> None:
+    picture = Image.open(example_picture_path()).convert("RGB")
+    pieces = [picture.crop((left, top, left + 32, top + 32)) for left in (0, 32, 64, 96) for top in (0, 32, 64, 96)]
+    model = str(completion_checkpoint_path())
+    results = pipeline("image-completion", model=model, device="cpu")(pieces, output_type="np")
+    errors, of_mean = [], []
+    for result in results:
+        hidden, original = in_pixels(result["mask"]), result["original"]
+        errors.append(((result["image"] - original)[hidden] ** 2).mean())
+        of_mean.append(((original[~hidden].mean(0) - original[hidden]) ** 2).mean())
+    assert np.mean(errors) < 0.5 * np.mean(of_mean)
+
+
+def test_the_embedded_model_has_the_numbers_on_its_card() -> None:
+    folder = completion_checkpoint_path()
+    recorded = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    assert f"| test mean squared error of masked patches       | {recorded['test_masked_mse']:9.4g} |" in card
+    assert recorded["test_masked_mse"] == min(recorded[f"test_masked_mse_at_{steps}"] for steps in (1, 2, 3, 4, 8))

@@ -273,7 +273,9 @@ def _evaluate(trainer: "CompletionTrainer", images: Any, split: str, steps: list
     say(f"{name}: masked MSE {metrics[f'{split}_masked_mse']:.6g}, PSNR {metrics[f'{split}_masked_psnr']:.3f} dB")
     if steps:
         rows = trainer.evaluate_steps(images, steps)
-        say(steps_table(rows, trainer.accelerator.unwrap_model(trainer.model).config.thinking_steps))
+        shown = steps_table(rows, trainer.accelerator.unwrap_model(trainer.model).config.thinking_steps)
+        say(shown)
+        trainer.run_facts.notes.append(f"{name} with more and fewer thinking steps:\n\n{shown}")
         for row in rows:
             count = row["thinking_steps"]
             metrics |= {f"{split}_{key}_at_{count}": value for key, value in row.items() if key != "thinking_steps"}
@@ -293,6 +295,7 @@ def _draw(trainer: "CompletionTrainer", images: Any) -> None:
     except ImportError as error:
         say(f"No {PICTURE}: {error}")
         return
+    trainer.run_facts.notes.append(f"![Validation images, masked and completed]({PICTURE})")
     say(f"Completed validation images: {path}.")
 
 
