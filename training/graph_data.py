@@ -28,6 +28,7 @@ from .graph_positions import add_positions, laplacian_positions
 TASKS = ("graph", "node")
 PACKAGES = "'ebt-transformers[evaluate]'"
 VALIDATION_SHARE = 0.33  # of what is not for training; the rest tests (Tang et al. 2022)
+SWITCHED_OFF = 1e12  # a scale that leaves nothing of a feature, and can be undone
 REMEMBERED = 4  # batches of a single graph that a collator keeps: one each for training, validation and test
 
 
@@ -337,7 +338,8 @@ def node_splits(labels: Any, train_share: float, seed: int) -> tuple[np.ndarray,
 class Standardisation:
     """
     Features moved and scaled so that those of the training nodes have mean 0 and deviation 1. Columns of nothing but
-    zeros and ones, and columns that never change, are left as they are.
+    zeros and ones are left as they are. Other columns that never change there are switched off: nothing can be learned
+    from them, and elsewhere they may be as large as they like.
 
     Args:
         mean (`torch.FloatTensor` of shape `(F,)`), scale (`torch.FloatTensor` of shape `(F,)`): `(x - mean) / scale`.
@@ -351,7 +353,8 @@ class Standardisation:
         """That of these features, `(n, F)`: of the nodes that train only."""
         found = torch.as_tensor(np.asarray(features), dtype=torch.float64)
         mean, scale = found.mean(0), found.std(0, correction=0)
-        left = (scale <= 1e-12 * mean.abs().clamp(min=1)) | ((found == 0) | (found == 1)).all(0)
+        left = ((found == 0) | (found == 1)).all(0)
+        scale = scale.masked_fill(scale <= 1e-12 * mean.abs().clamp(min=1), SWITCHED_OFF)
         return cls(mean.masked_fill(left, 0.0).float(), scale.masked_fill(left, 1.0).float())
 
     def apply(self, features: Tensor) -> Tensor:

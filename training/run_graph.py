@@ -11,8 +11,8 @@ usual columns: `edge_index`, `node_feat`, `y`, and where there are such `edge_at
 described by the number of their edges.
 
 A new model has 2 blocks of 2 thinking steps, width 64, 4 heads, 4 times as many memories as the width, 15 Laplacian
-eigenvectors, noise 0.02 and label smoothing 0.05. The paper's has 4 blocks, width 128, 12 heads of 64
-(config_overrides: head_dim=64), 512 memories, and 300 epochs in batches of 64.
+eigenvectors and label smoothing 0.05. The paper's has 4 blocks, width 128, 12 heads of 64 (config_overrides:
+head_dim=64), 512 memories, noise 0.02, and 300 epochs in batches of 64.
 
 The same command started again goes on from its last checkpoint. At the end the model is evaluated on the validation
 and test data there is (`all_results.json`), and saved with its model card. `--eval_thinking_steps 1 2 4 8` also
@@ -65,7 +65,7 @@ DEFAULTS = {
     "memories": 4,
     "num_blocks": 2,
     "thinking_steps": 2,
-    "noise_std": 0.02,
+    "initializer_range": 0.1,
     "label_smoothing": 0.05,
     "position_embedding": "laplacian",
 }
