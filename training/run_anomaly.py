@@ -40,14 +40,13 @@ from .script import (
     RunArguments,
     check_same_model,
     conclude,
-    finished_weights,
     fit,
     parse_command_line,
+    plan_phases,
     refusing_bad_values,
     say,
     say_size,
     start_point,
-    wanted_phases,
 )
 
 
@@ -148,11 +147,7 @@ def _run(argv: list[str]) -> None:
     from .trainer import EBTTrainer
 
     checkpoint = start_point(training_args, run_args.overwrite)
-    train, validate, test = wanted_phases(argv, training_args)
-    finished = finished_weights(checkpoint, training_args) if checkpoint else None
-    if train and finished:
-        say(f"{checkpoint} has all the steps asked for: nothing to train. (--overwrite starts afresh.)")
-        train, checkpoint = False, finished
+    train, validate, test, checkpoint = plan_phases(argv, training_args, checkpoint)
     set_seed(training_args.seed)
     with training_args.main_process_first(desc="reading the graph"), refusing_bad_values():
         graph, kinds = _load_graph(data_args)

@@ -30,18 +30,17 @@ from .script import (
     check_counts,
     check_same_model,
     conclude,
-    finished_weights,
     fit,
     given_data_files,
     given_options,
     own_fields,
     parse_command_line,
     parse_overrides,
+    plan_phases,
     refusing_bad_values,
     say,
     say_size,
     start_point,
-    wanted_phases,
 )
 
 
@@ -298,11 +297,7 @@ def _run(argv: list[str]) -> None:
     _check_arguments(model_args, data_args, training_args)
     check_adapter_arguments(adapter_args, model_args, training_args)
     checkpoint = start_point(training_args, run_args.overwrite, adapter=adapter_args.peft is not None)
-    train, validate, test = wanted_phases(argv, training_args)
-    finished = finished_weights(checkpoint, training_args) if checkpoint else None
-    if train and finished:
-        say(f"{checkpoint} has all the steps asked for: nothing to train. (--overwrite starts afresh.)")
-        train, checkpoint = False, finished
+    train, validate, test, checkpoint = plan_phases(argv, training_args, checkpoint)
     if training_args.learning_rate_is_default and model_args.model_name_or_path is None:
         preset = model_args.preset or DEFAULT_PRESET
         if preset not in PRESETS:

@@ -30,17 +30,16 @@ from .script import (
     check_counts,
     check_same_model,
     conclude,
-    finished_weights,
     fit,
     given_data_files,
     own_fields,
     parse_command_line,
     parse_overrides,
+    plan_phases,
     refusing_bad_values,
     say,
     say_size,
     start_point,
-    wanted_phases,
 )
 
 
@@ -338,11 +337,7 @@ def _run(argv: list[str]) -> None:
     checkpoint = start_point(training_args, run_args.overwrite, adapter=adapter_args.peft is not None)
     if checkpoint is not None and noise_args.ema_decay is None and (Path(checkpoint) / EMA_FILE).is_file():
         raise Refusal(f"{checkpoint} keeps an average of the weights. Go on with its --ema_decay, or --overwrite.")
-    train, validate, test = wanted_phases(argv, training_args)
-    finished = finished_weights(checkpoint, training_args) if checkpoint else None
-    if train and finished:
-        say(f"{checkpoint} has all the steps asked for: nothing to train. (--overwrite starts afresh.)")
-        train, checkpoint = False, finished
+    train, validate, test, checkpoint = plan_phases(argv, training_args, checkpoint)
     if model_args.twin and training_args.weight_decay_is_default:
         training_args.weight_decay = 0.0
     set_seed(training_args.seed)

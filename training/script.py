@@ -303,6 +303,28 @@ def _remove_checkpoints(folder: Path) -> None:
 # ---- run -------------------------------------------------------------------------------------------------------
 
 
+def plan_phases(
+    argv: list[str], training: "EBTTrainingArguments", checkpoint: str | None
+) -> tuple[bool, bool, bool, str | None]:
+    """
+    What a run does: train, validate, test. Where everything is trained already, it only loads.
+
+    Args:
+        argv (`list[str]`): the command line, which says what is wanted.
+        training ([`EBTTrainingArguments`]): the options of training.
+        checkpoint (`str`, *optional*): what [`start_point`] found to go on from.
+
+    Returns:
+        Whether to train, to validate and to test, and the checkpoint to go on from, or to load.
+    """
+    train, validate, test = wanted_phases(argv, training)
+    finished = finished_weights(checkpoint, training) if checkpoint else None
+    if train and finished:
+        say(f"{checkpoint} has all the steps asked for: nothing to train. (--overwrite starts afresh.)")
+        train, checkpoint = False, finished
+    return train, validate, test, checkpoint
+
+
 def fit(trainer: "EBTTrainer", train: bool, checkpoint: str | None, averages: "Sequence[EMACallback]" = ()) -> None:
     """
     Trains, or loads the weights of a run that has nothing left to train.
@@ -380,6 +402,7 @@ __all__ = [
     "own_fields",
     "parse_command_line",
     "parse_overrides",
+    "plan_phases",
     "refusing_bad_values",
     "say",
     "say_size",
