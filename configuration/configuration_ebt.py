@@ -16,6 +16,7 @@ CANDIDATE_EMBEDDINGS = ("linear", "shared")
 CANDIDATE_ANCHORS = ("none", "token")
 CANDIDATE_INITS = ("normal", "zeros", "proposal")
 UPDATES = ("replace", "residual")
+SECOND_ORDERS = ("double_backward", "forward_over_reverse", "central_difference")
 
 
 @strict
@@ -79,6 +80,16 @@ class EBTConfig(EBTBaseConfig):
         random_steps (`list[int]`, *optional*):
             `[fewest, most]` steps, drawn for each batch in training (the paper: `[2, 3]` in recipe s2). `None`: always
             the default number.
+        second_order (`str`, *optional*, defaults to `"double_backward"`):
+            How training differentiates a step, which is a gradient itself. `"double_backward"`: exactly, through the
+            graph of the gradient. `"forward_over_reverse"`: exactly, by a directional derivative in forward mode.
+            `"central_difference"`: from the energies at two points near the candidate, with a relative error of
+            1e-4 to 1e-3 in float32; the model is only differentiated once. What each costs: `docs/performance.md`.
+        training_chunk_size (`int`, *optional*):
+            Candidates that a training step takes at a time; more cost more memory, fewer more time. `None`: 512 on a
+            CPU, 8192 elsewhere. 0 takes all at once and leaves their gradients to autograd: several times the memory,
+            and a loss that can be differentiated twice and whose logits carry gradient. Training does so by itself
+            where steps are not detached, for losses of your own, and where weights are spread over devices.
         thinking_steps (`int`, *optional*): Default number of steps; `None` means `num_landscapes`.
         thinking_candidates (`int`, *optional*, defaults to 1): Default number of candidates in evaluation.
         thinking_noise_std (`float`, *optional*, defaults to 0.0): Default noise on the logits, in training too.
@@ -140,6 +151,8 @@ class EBTConfig(EBTBaseConfig):
     thinking_kl_tolerance: float | int | None = None
     step_size: float | int = 500.0
     update: str = "replace"
+    second_order: str = "double_backward"
+    training_chunk_size: int | None = None
     use_cache: bool = True
     tie_word_embeddings: bool | None = None
     pad_token_id: int | None = None
@@ -166,6 +179,12 @@ class EBTConfig(EBTBaseConfig):
         self.check_choice("candidate_anchor", CANDIDATE_ANCHORS)
         self.check_choice("candidate_init", CANDIDATE_INITS)
         self.check_choice("update", UPDATES)
+        self.check_choice("second_order", SECOND_ORDERS)
+        if self.training_chunk_size is not None and self.training_chunk_size < 0:
+            raise ValueError(
+                f"`training_chunk_size` must be a number of candidates, 0 (all at once) or None, got "
+                f"{self.training_chunk_size}."
+            )
         self.check_finite("candidate_init_std")
         self.check_finite("proposal_loss_weight")
         if self.head_dim is None:

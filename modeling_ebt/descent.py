@@ -8,6 +8,7 @@ vocabulary, pixels), ``K`` steps. Symbols of arXiv 2507.02092: state [y-hat], en
 """
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -67,11 +68,41 @@ class DescentOutput:
     kept: Tensor | None = None
 
 
+NOISE_BLOCK = 2**20  # numbers that one thread draws; torch draws with one thread only
+
+
 def standard_normal(
-    shape: Sequence[int], generator: torch.Generator | None, device: torch.device, dtype: torch.dtype
+    shape: Sequence[int],
+    generator: torch.Generator | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """The one source of Gaussian randomness of the descent; `generator=None` uses torch's global one."""
-    return torch.randn(tuple(shape), generator=generator, device=device, dtype=dtype)
+    """
+    The one source of Gaussian randomness of the descent.
+
+    Args:
+        shape (sequence of `int`): of the result.
+        generator (`torch.Generator`, *optional*): torch's global one by default.
+        device (`torch.device`), dtype (`torch.dtype`): of the result.
+        out (`Tensor`, *optional*): contiguous, where to put it.
+
+    Returns:
+        A tensor of independent draws. On a CPU many numbers are drawn in blocks, side by side, each with a generator
+        of its own: the same whatever the number of threads.
+    """
+    drawn = torch.empty(tuple(shape), device=device, dtype=dtype) if out is None else out.view(tuple(shape))
+    if drawn.device.type != "cpu" or drawn.numel() < 2 * NOISE_BLOCK:
+        return drawn.normal_(generator=generator)
+    blocks = drawn.view(-1).split(NOISE_BLOCK)
+    seeds = torch.randint(2**62, (len(blocks),), generator=generator).tolist()
+
+    def draw(block: Tensor, seed: int) -> None:
+        block.normal_(generator=torch.Generator().manual_seed(seed))
+
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        list(pool.map(draw, blocks, seeds))
+    return drawn
 
 
 def energy_and_gradient(

@@ -8,24 +8,29 @@ context tokens, ``N`` candidates, ``D`` width, ``H`` heads, ``C`` key columns.
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import (
     LlamaRMSNorm,
-    apply_rotary_pos_emb,
     eager_attention_forward,
     repeat_kv,
 )
 
 from .configuration_ebt import EBTConfig
+from .fused import joint_softmax, normalize, rotate
 from .layers_common import EBTModulation, modulate, modulation_parts
 
 
 def candidate_attention(
-    query: Tensor, own_key: Tensor, own_value: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float
-) -> tuple[Tensor, Tensor]:
+    query: Tensor,
+    own_key: Tensor,
+    own_value: Tensor,
+    key: Tensor,
+    value: Tensor,
+    hidden: Tensor | None,
+    scaling: float,
+) -> tuple[Tensor, Tensor, Tensor]:
     """
     Attention of candidates over the context and themselves: one softmax over both, no square matrix of candidates.
 
@@ -35,11 +40,11 @@ def candidate_attention(
         query (`Tensor` of shape `(B, H, N, d)`): candidate queries.
         own_key, own_value (`Tensor` of shape `(B, H_kv, N, d)`): every candidate's own key and value.
         key, value (`Tensor` of shape `(B, H_kv, C, d)`): context keys and values.
-        mask (`Tensor` of shape `(B or 1, 1, N, C)`, *optional*): True where a candidate may look.
+        hidden (`Tensor` of shape `(B or 1, 1, N, C)`, *optional*): True where a candidate may not look.
         scaling (`float`): 1/sqrt(d).
 
     Returns:
-        Mixed values (B, H, N, d) and weights (B, H, N, C + 1), the own weight last.
+        Mixed values (B, H, N, d), weights (B, H, N, C) and own weights (B, H, N, 1).
     """
     batch, heads, candidates, width = query.shape
     kv_heads = key.shape[1]
@@ -48,13 +53,11 @@ def candidate_attention(
     # heads that share a key are more rows of the same product: nothing is repeated
     scores = query.reshape(batch, kv_heads, groups * candidates, width) @ key.transpose(-1, -2)
     scores = scores.view(batch, heads, candidates, -1).float()
-    if mask is not None:
-        scores = scores.masked_fill(~mask, float("-inf"))
     own_score = (query * repeat_kv(own_key, groups)).sum(-1, keepdim=True).float()
-    weights = torch.softmax(torch.cat([scores, own_score], dim=-1), dim=-1).to(query.dtype)
-    context_weights = weights[..., :-1].reshape(batch, kv_heads, groups * candidates, -1)
-    mixed = (context_weights @ value).view(batch, heads, candidates, width)
-    return mixed + weights[..., -1:] * repeat_kv(own_value, groups), weights
+    weights, own_weight = (part.to(query.dtype) for part in joint_softmax(scores, own_score, hidden))
+    mixed = weights.reshape(batch, kv_heads, groups * candidates, -1) @ value
+    mixed = mixed.view(batch, heads, candidates, width) + own_weight * repeat_kv(own_value, groups)
+    return mixed, weights, own_weight
 
 
 class EBTAttention(nn.Module):
@@ -82,9 +85,9 @@ class EBTAttention(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Query (B, H, S, d), key and value (B, H_kv, S, d), rotated to their positions."""
         key, value = self._heads(self.k_proj(hidden)), self._heads(self.v_proj(hidden))
-        query = self._heads(self.q_proj(hidden)) if with_query else key
-        query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
-        return query, key, value
+        cos, sin = (part.unsqueeze(1) for part in position_embeddings)
+        key = rotate(key, cos, sin)
+        return rotate(self._heads(self.q_proj(hidden)), cos, sin) if with_query else key, key, value
 
     def attend_context(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
@@ -95,11 +98,19 @@ class EBTAttention(nn.Module):
         return self.o_proj(mixed.flatten(2)), weights
 
     def attend_candidates(
-        self, query: Tensor, own_key: Tensor, own_value: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
+        self, query: Tensor, own_key: Tensor, own_value: Tensor, key: Tensor, value: Tensor, hidden: Tensor | None
     ) -> Tensor:
         """Attention of the candidate stream over the context's keys and each candidate's own."""
-        mixed, _ = candidate_attention(query, own_key, own_value, key, value, mask, self.scaling)
+        mixed = candidate_attention(query, own_key, own_value, key, value, hidden, self.scaling)[0]
         return self.o_proj(mixed.transpose(1, 2).flatten(2))
+
+
+class EBTRMSNorm(LlamaRMSNorm):
+    """Llama's RMS norm, by a function that is cheaply differentiated twice."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Hidden (..., D) -> (..., D); the norm itself is computed in float32."""
+        return self.weight * normalize(hidden.float(), self.variance_epsilon).to(hidden.dtype)
 
 
 class EBTMLP(nn.Module):
@@ -125,8 +136,8 @@ class EBTDecoderLayer(nn.Module):
         super().__init__()
         self.self_attn = EBTAttention(config, layer_idx)
         self.mlp = EBTMLP(config)
-        self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.input_layernorm = EBTRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = EBTRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.modulation = EBTModulation(config.hidden_size, 6) if config.is_modulated else None
 
     def forward(
@@ -143,7 +154,8 @@ class EBTDecoderLayer(nn.Module):
         Args:
             hidden (`Tensor` of shape `(B, S, D)`): context tokens, or candidates (B, N, D) when `context` is given.
             position_embeddings: cosines and sines of the rotary positions of `hidden`.
-            mask: what each of them may look at, in the form its attention takes.
+            mask: for context tokens what each may look at, as their attention takes it; for candidates
+                `(B or 1, 1, N, C)`, True where one may not look.
             condition (`Tensor` of shape `(B or 1, D)`, *optional*): embedding of the step, for adaLN.
             context (`tuple` of two `(B, H_kv, C, d)`, *optional*): keys and values candidates attend to.
             extend_cache (`Callable`, *optional*): puts the new keys and values behind the cached ones.
@@ -182,5 +194,6 @@ __all__ = [
     "EBTMLP",
     "EBTAttention",
     "EBTDecoderLayer",
+    "EBTRMSNorm",
     "candidate_attention",
 ]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
+from transformers.loss.loss_utils import ForCausalLMLoss
 
 
 def perplexity(mean_loss: float) -> float:
@@ -65,6 +66,7 @@ class TextStepLosses(StepLosses):
     ) -> None:
         super().__init__(loss_on_steps)
         self.proposal: Tensor | None = None
+        self.taken: Tensor | None = None
         self.proposal_weight = 0.0
         self.model = model
         self.labels = labels
@@ -85,6 +87,23 @@ class TextStepLosses(StepLosses):
             return F.cross_entropy(state.float().flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
         return self.model.loss_function(logits=state, labels=self.labels, vocab_size=state.shape[-1], **self.kwargs)
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is nothing but the cross-entropy of labelled tokens, as a mean or divided by a given number."""
+        own = self.model.loss_function is ForCausalLMLoss and not self.by_token
+        return own and set(self.kwargs) <= {"num_items_in_batch", "shift_labels"}
+
+    def items(self) -> Tensor | int:
+        """What a sum of cross-entropies is divided by, for a plain loss."""
+        given: Tensor | int | None = self.kwargs.get("num_items_in_batch")
+        if given is None:
+            return (self.targets() != -100).sum()
+        return given
+
+    def take(self, losses: Tensor, objective: Tensor) -> None:
+        """Takes over losses (K,) and their objective from a descent that computed them itself."""
+        self.losses, self.taken = list(losses), objective
+
     def record_proposal(self, state: Tensor, weight: float) -> None:
         """Takes the loss of the logits (B, T, V) the descent starts from; it counts this much in the objective."""
         self.proposal, self.proposal_weight = self(state), weight
@@ -92,9 +111,12 @@ class TextStepLosses(StepLosses):
     def objective(self) -> Tensor:
         """What training minimises: that of the steps, and the proposal's own loss."""
         if self.proposal is None:
-            return super().objective()
+            return self._of_steps()
         own = self.proposal_weight * self.proposal
-        return own + super().objective() if self.losses else own
+        return own + self._of_steps() if self.losses else own
+
+    def _of_steps(self) -> Tensor:
+        return super().objective() if self.taken is None else self.taken
 
     def targets(self) -> Tensor:
         """The token that every position should predict, (B, T), or -100."""

@@ -24,8 +24,9 @@ from .configuration_ebt import EBTConfig
 from .descent import DescentOutput, DescentStep, descend
 from .generation import EBTGenerationMixin
 from .layers_common import EBTStepSize
+from .learning import learn
 from .losses import TextStepLosses
-from .outputs import EBTCausalLMOutputWithPast, EBTContext
+from .outputs import EBTCausalLMOutputWithPast, EBTContext, EBTModelOutputWithPast
 from .stopping import WORTH_COPYING, WORTH_NARROWING, Narrowing
 from .thinking import (
     Thinking,
@@ -43,6 +44,9 @@ from .thinking import (
 from .thinking_ebt import ThinkingConfig
 from .token_scores import EBTTokenScoresMixin
 from .transformer import EBTModel, EBTPreTrainedModel
+
+
+TRAINING_CHUNK_SIZES = {"cpu": 512}  # candidates that keep the products with the table busy; 8192 on other devices
 
 
 class EBTForCausalLM(EBTTokenScoresMixin, EBTGenerationMixin, EBTPreTrainedModel, GenerationMixin):
@@ -172,18 +176,28 @@ class EBTForCausalLM(EBTTokenScoresMixin, EBTGenerationMixin, EBTPreTrainedModel
         context = context.keep(keep)
         batch = context.batch_size
         proposal = self._proposal(context)
-        state = self._initial_state(batch, context, resolved, initial_candidate, proposal)
+        shape = (batch, resolved.candidates, context.position_ids.shape[1], self.config.vocab_size)
         step_size = self.step_size()
         if self.training:
-            step_size = random_step_sizes(self.config, step_size, (batch, state.shape[2], 1))
+            step_size = random_step_sizes(self.config, step_size, (batch, shape[2], 1))
         schedule = make_schedule(resolved, step_size)
         losses = None
         targets = labels if kwargs.get("shift_labels") is None else kwargs["shift_labels"]
         if targets is not None:
-            check_labels(targets, (batch, state.shape[2]), state.shape[-1])
+            check_labels(targets, (batch, shape[2]), shape[-1])
             losses = TextStepLosses(self, labels, self.config.loss_on_steps, kwargs)
             if proposal is not None:
                 losses.record_proposal(proposal, float(self.config.proposal_loss_weight))
+        observed = bool(output_energies or output_trajectory)
+        if (
+            losses is not None
+            and not observed
+            and self._learns_in_chunks(losses, schedule, initial_candidate, proposal)
+        ):
+            # compiled or not, what takes gradients on the way runs as it is written
+            learn_now = torch.compiler.disable(self._learn) if torch.compiler.is_compiling() else self._learn
+            return learn_now(context, schedule, resolved, losses, initial_candidate, proposal, outputs)
+        state = self._initial_state(batch, context, resolved, initial_candidate, proposal)
         single = state.shape[1] == 1
         states: list[Tensor] = [state.flatten(1, 2)] if output_trajectory else []
 
@@ -343,6 +357,13 @@ class EBTForCausalLM(EBTTokenScoresMixin, EBTGenerationMixin, EBTPreTrainedModel
             return self._unmoved(state, context, output_energies or candidates > 1)
         context = context.repeat_candidates(candidates)
         learning = self.training and torch.is_grad_enabled()
+        if learning and self.config.second_order != "double_backward":
+            raise ValueError(
+                f"`second_order={self.config.second_order!r}` is for training steps that take their candidates in "
+                "chunks: with labels and transformers' own loss, without trajectories or energies to return, with "
+                "steps detached from one another and weights in one place. This one does not; set "
+                "`config.second_order` to 'double_backward'."
+            )
 
         def energy(embedded: Tensor, landscape: int, context: EBTContext = context) -> Tensor:
             return self.model(candidate_embeds=embedded, context=context, landscape=landscape).energies
@@ -386,6 +407,83 @@ class EBTForCausalLM(EBTTokenScoresMixin, EBTGenerationMixin, EBTPreTrainedModel
                 wanted = walk(None).steps_tried
             limits = budget.share(wanted, candidates)[0].repeat(1, candidates)
         return walk(limits, final_energy=output_energies or candidates > 1, on_step=on_step)
+
+    def _learns_in_chunks(
+        self,
+        losses: TextStepLosses,
+        schedule: list[DescentStep],
+        given: Tensor | None,
+        proposal: Tensor | None,
+    ) -> bool:
+        """Whether this is a plain training step, whose candidates can be taken a few at a time."""
+        if not (self.training and torch.is_grad_enabled() and schedule and self.config.training_chunk_size != 0):
+            return False
+        detached = self.config.detach_between_steps
+        if self.config.loss_on_steps == "last" and proposal is None:
+            # before the step that is scored nothing learns but the step size
+            learned = any(torch.is_tensor(step.step_size) and step.step_size.requires_grad for step in schedule)
+            detached = detached or not (learned or (given is not None and given.requires_grad))
+        whole = all(type(each) is nn.Parameter and each.is_leaf for each in self.parameters())
+        return detached and losses.is_plain and whole
+
+    def _learn(
+        self,
+        context: EBTContext,
+        schedule: list[DescentStep],
+        thinking: Thinking,
+        losses: TextStepLosses,
+        given: Tensor | None,
+        proposal: Tensor | None,
+        outputs: EBTModelOutputWithPast,
+    ) -> EBTCausalLMOutputWithPast:
+        """A training step that takes its candidates a few at a time and differentiates them on the way."""
+        space = TextCandidates(self._candidate_table(), self.config.update)
+        batch, positions, vocab = context.batch_size, context.position_ids.shape[1], len(space.table)
+        if given is not None:
+            axes = "rows, candidates, positions, vocabulary"
+            given = given_start(given, (batch, 1, positions, vocab), axes, True)[:, 0].to(space.table.device)
+        fixed = proposal if given is None else given
+
+        def start(rows: slice, columns: slice, room: Tensor) -> Tensor:
+            if fixed is not None:
+                return fixed[rows, columns].detach().to(room.dtype)
+            shape = (len(range(batch)[rows]), len(range(positions)[columns]), vocab)
+            std = float(self.config.candidate_init_std)
+            out = room if room.dtype == torch.float32 else None
+            return training_start(thinking.init != "mean", std, shape, space.table.device, out).to(room.dtype)
+
+        def energy(embedded: Tensor, context: EBTContext, landscape: int) -> Tensor:
+            return self.model(candidate_embeds=embedded, context=context, landscape=landscape).energies
+
+        own = {id(space.table)}
+        noisy = any(step.noise_std > 0 for step in schedule)
+        learned = learn(
+            energy,
+            [each for each in self.model.parameters() if each.requires_grad and id(each) not in own],
+            space,
+            context,
+            start,
+            schedule,
+            losses.targets(),
+            losses.items(),
+            loss_on_steps=self.config.loss_on_steps,
+            second_order=self.config.second_order,
+            chunk_size=self.config.training_chunk_size or TRAINING_CHUNK_SIZES.get(space.table.device.type, 8192),
+            generator=random_generator(thinking, space.table.device, int(context.position_ids.max()) if noisy else 0),
+        )
+        losses.take(learned.losses, learned.objective)
+        result = learned.result
+        return EBTCausalLMOutputWithPast(
+            loss=losses.objective(),
+            logits=result.state,
+            steps_taken=result.steps_taken,
+            step_losses=losses.stacked(),
+            proposal_loss=None if losses.proposal is None else losses.proposal.detach(),
+            mean_energies=_mean_energies(result, len(schedule), losses),
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
 
     def _unmoved(self, state: Tensor, context: EBTContext, with_energies: bool) -> DescentOutput:
         """The end of a descent without steps: its start, with the energies on the first landscape if asked for."""

@@ -39,6 +39,10 @@ class EBTContext:
         """Landscapes this context was computed for."""
         return self.keys[0].shape[1]
 
+    def on_landscape(self, landscape: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Keys and values `(B, H_kv, C, d)` of every layer on one landscape."""
+        return [(key[:, landscape], value[:, landscape]) for key, value in zip(self.keys, self.values, strict=True)]
+
     def keep(self, positions: torch.Tensor | slice) -> "EBTContext":
         """The same context with candidates at some of the new positions only."""
         anchors = None if self.anchors is None else self.anchors[:, positions]

@@ -160,7 +160,9 @@ def random_step_sizes(config: EBTBaseConfig, step_size: Tensor, shape: tuple[int
     return step_size * (1 / spread + torch.rand(shape, device=step_size.device) * (spread - 1 / spread))
 
 
-def training_start(random: bool, std: float, shape: tuple[int, ...], device: torch.device) -> Tensor:
+def training_start(
+    random: bool, std: float, shape: tuple[int, ...], device: torch.device, out: Tensor | None = None
+) -> Tensor:
     """
     Where the descent starts in training, in float32; every row and position starts at a place of its own.
 
@@ -169,8 +171,11 @@ def training_start(random: bool, std: float, shape: tuple[int, ...], device: tor
         std (`float`): their standard deviation (`candidate_init_std`).
         shape (`tuple[int, ...]`): of the start.
         device (`torch.device`): where to.
+        out (`Tensor`, *optional*): contiguous, to put it in.
     """
-    return std * standard_normal(shape, None, device, torch.float32) if random else torch.zeros(shape, device=device)
+    if random:
+        return standard_normal(shape, None, device, torch.float32, out).mul_(std)
+    return torch.zeros(shape, device=device) if out is None else out.zero_().view(shape)
 
 
 def given_start(given: Tensor, shape: tuple[int, ...], axes: str, training: bool) -> Tensor:

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers import initialization as init
 from transformers.cache_utils import Cache
-from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 
 from .checks import check_attention_mask, check_length, check_position_ids, check_token_ids
 from .configuration_ebt import EBTConfig
-from .layers import EBTDecoderLayer
+from .layers import EBTDecoderLayer, EBTRMSNorm
 from .layers_common import EBTEnergyHead, EBTModulation, EBTStepSize, head_energies, modulate, modulation_parts
 from .masks import (
     additive,
@@ -98,7 +98,7 @@ class EBTModel(EBTPreTrainedModel):
         conditioned = config.step_conditioning != "none"
         self.step_embeddings = nn.Embedding(config.num_landscapes, config.hidden_size) if conditioned else None
         self.layers = nn.ModuleList([EBTDecoderLayer(config, index) for index in range(config.num_hidden_layers)])
-        self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm = EBTRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.final_modulation = EBTModulation(config.hidden_size, 2) if config.is_modulated else None
         self.energy_head = EBTEnergyHead(config.hidden_size)
         self.rotary_emb = LlamaRotaryEmbedding(config=config)
@@ -355,8 +355,9 @@ class EBTModel(EBTPreTrainedModel):
         condition = None
         if self.final_modulation is not None:
             condition = self._step_vectors(landscape, landscape + 1)
-        for layer, key, value in zip(self.layers, context.keys, context.values, strict=True):
-            hidden = layer(hidden, rotary, context.mask, condition, (key[:, landscape], value[:, landscape]))[0]
+        unseen = ~context.mask
+        for layer, keys_and_values in zip(self.layers, context.on_landscape(landscape), strict=True):
+            hidden = layer(hidden, rotary, unseen, condition, keys_and_values)[0]
         hidden = self.norm(hidden)
         if self.final_modulation is not None and condition is not None:
             hidden = modulate(hidden, *modulation_parts(self.final_modulation, condition))
