@@ -24,7 +24,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .candidates import TextCandidates
 from .descent import DescentOutput, DescentStep, descend
@@ -281,13 +280,10 @@ class _Lesson(TextCandidates):
         assert self.step is not None  # a step has been made
         step, self.step, weight = self.step, None, self.weights[len(self.losses)]
         owed, self.owed = self.owed, None
-        embedded = (
-            None if weight is None and not goes_on else step.move.new_empty(*self.room.shape[:1], step.move.shape[-1])
-        )
         counted = None if weight is None else self.labelled[:, None] * weight
         if counted is not None:
             self.owed = counted * step.move.detach().flatten(0, -2)
-        total = self.room.new_zeros(())
+        parts, total = [], self.room.new_zeros(())
         for start in range(0, len(self.room), len(self.scratch)):
             rows = slice(start, start + len(self.scratch))
             logits = self.room[rows]
@@ -296,14 +292,15 @@ class _Lesson(TextCandidates):
             normalizer = logits.amax(-1) - share.amax(-1).log()
             losses = normalizer - logits.gather(1, self.targets[rows, None])[:, 0]
             total += torch.where(self.labelled[rows], losses, 0).sum()
-            if embedded is not None:
-                embedded[rows] = self.pupil.embed(share).to(embedded.dtype)
+            if counted is not None or goes_on:
+                parts.append(self.pupil.embed(share))
             if self.owed is not None and not goes_on:
                 self.pupil.table_learns(share, -self.owed[rows])
         self.losses.append(total)
+        embedded = torch.cat(parts) if parts else None
         if counted is not None and embedded is not None and self.owed is not None:
             # dL/dm = -(p' W - W[t])
-            pull = counted * (self.table.detach()[self.targets].to(embedded.dtype) - embedded)
+            pull = counted * (self.table.detach()[self.targets] - embedded).to(counted.dtype)
             gradient = self._differentiate(step, pull.view(step.move.shape)).flatten(0, -2)
             self.pupil.table_learns(self.share, gradient if owed is None else gradient - owed)
             self.pupil.table_learns_at(self.targets, self.owed)
@@ -339,8 +336,12 @@ class _Known(torch.autograd.Function):
         return objective.clone(), logits.view_as(logits)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor | None, by_logits: Tensor | None) -> tuple[Any, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "The loss of a training step that takes its candidates in chunks can be differentiated only once. Set "
+                "`model.config.training_chunk_size = 0` for `create_graph=True`."
+            )
         if by_logits is not None:
             raise RuntimeError(
                 "The logits of a training step carry no gradient when it takes its candidates in chunks, and "
