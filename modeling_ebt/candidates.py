@@ -10,6 +10,8 @@ from torch.nn import functional as F
 
 
 FEW_ROWS = 8  # more of them are as fast the usual way round
+FEWER_ROWS = 3  # the same for mixtures of a table
+BAGS = 16
 
 
 def _subtract_few(base: Tensor, rows: Tensor, table: Tensor) -> Tensor:
@@ -19,6 +21,19 @@ def _subtract_few(base: Tensor, rows: Tensor, table: Tensor) -> Tensor:
     """
     pair = rows.repeat(2, 1) if len(rows) == 1 else rows
     return base - (table @ pair.t()).t()[: len(rows)]
+
+
+def _mix_few(rows: Tensor, table: Tensor) -> Tensor:
+    """
+    `rows @ table` for one to three rows (n, V). A matrix product does this on one thread; as bags of embeddings, a few
+    for each row, it reads the table as fast as memory gives it.
+    """
+    count, vocab = rows.shape
+    starts = torch.arange(0, vocab, -(-vocab // BAGS), device=rows.device)
+    offsets = (torch.arange(count, device=rows.device)[:, None] * vocab + starts).flatten()
+    tokens = torch.arange(vocab, device=rows.device).repeat(count)
+    bags = F.embedding_bag(tokens, table, offsets, mode="sum", per_sample_weights=rows.flatten())
+    return bags.view(count, len(starts), -1).sum(1)
 
 
 def kl_divergence(new: Tensor, old: Tensor) -> Tensor:
@@ -38,11 +53,14 @@ class TextCandidates:
     Args:
         table (`Tensor` of shape `(V, D)`): candidate embedding [W].
         update_rule (`str`): `"replace"` or `"residual"`, see [`EBTConfig`].
+        first (`Tensor` that broadcasts to `(B, N, D)`, *optional*): what the candidates embed to at the start of the
+            descent, where that is known.
     """
 
-    def __init__(self, table: Tensor, update_rule: str = "replace") -> None:
+    def __init__(self, table: Tensor, update_rule: str = "replace", first: Tensor | None = None) -> None:
         self.table = table
         self.update_rule = update_rule
+        self.first = first
 
     def point(self, state: Tensor) -> Tensor:
         """Logits (B, N, V) -> distribution (B, N, V), in float32."""
@@ -50,6 +68,14 @@ class TextCandidates:
 
     def embed(self, point: Tensor) -> Tensor:
         """Distribution (B, N, V) -> embedded candidate (B, N, D)."""
+        if self.first is not None:
+            first, self.first = self.first, None
+            return first.expand(*point.shape[:-1], -1)
+        rows, device = point.flatten(0, -2), point.device.type
+        plain = self.table.dtype == point.dtype == torch.float32 and not torch.is_autocast_enabled(device)
+        constant = not (torch.is_grad_enabled() or torch.compiler.is_compiling())
+        if device == "cpu" and plain and constant and 0 < len(rows) <= FEWER_ROWS:
+            return _mix_few(rows, self.table).view(*point.shape[:-1], -1)
         return point.to(self.table.dtype) @ self.table
 
     def update(self, state: Tensor, point: Tensor, gradient: Tensor, step_size: Tensor | float) -> Tensor:

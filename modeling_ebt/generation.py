@@ -1,6 +1,7 @@
 """Thinking in `generate()`: options resolved once, energies of every token carried out."""
 
 import functools
+from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
@@ -59,14 +60,31 @@ NO_CONTINUOUS_BATCHING = (
 
 @dataclass
 class _Account:
-    """What each row (beam) of a running generate() call has used up of its `thinking_budget`."""
+    """
+    What is remembered from token to token of a running generate() call.
+
+    Args:
+        spent (`Tensor`, *optional*): what each row (beam) has used up of its `thinking_budget`.
+        constants (`dict`): what is the same for all tokens.
+    """
 
     spent: Tensor | None = None
+    constants: dict[Any, Any] = field(default_factory=dict)
 
 
 # context variables keep threads apart
 _TRACE: ContextVar[_Trace | None] = ContextVar("ebt_thinking_trace", default=None)
 _ACCOUNT: ContextVar[_Account | None] = ContextVar("ebt_thinking_account", default=None)
+
+
+def once_per_generation(key: Any, make: Callable[[], Tensor]) -> Tensor:
+    """What `make` gives; within one generate() call, where no weight changes, it is called once for every key."""
+    account = _ACCOUNT.get()
+    if account is None:
+        return make()
+    if key not in account.constants:
+        account.constants[key] = make()
+    return account.constants[key]
 
 
 def configured_thinking(config: Any) -> ThinkingConfig:
@@ -251,4 +269,10 @@ class EBTGenerationMixin(GenerationMixin):
         return EBTGenerateBeamOutput(**output, energies=energies, steps_taken=steps)
 
 
-__all__ = ["EBTGenerateBeamOutput", "EBTGenerateOutput", "EBTGenerationMixin", "configured_thinking"]
+__all__ = [
+    "EBTGenerateBeamOutput",
+    "EBTGenerateOutput",
+    "EBTGenerationMixin",
+    "configured_thinking",
+    "once_per_generation",
+]

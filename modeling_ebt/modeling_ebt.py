@@ -22,7 +22,7 @@ from .candidates import TextCandidates
 from .checks import check_energies, check_labels, check_token_ids, outside_inference_mode
 from .configuration_ebt import EBTConfig
 from .descent import DescentOutput, DescentStep, descend
-from .generation import EBTGenerationMixin
+from .generation import EBTGenerationMixin, once_per_generation
 from .layers_common import EBTStepSize
 from .learning import learn
 from .losses import TextStepLosses
@@ -209,8 +209,17 @@ class EBTForCausalLM(EBTTokenScoresMixin, EBTGenerationMixin, EBTPreTrainedModel
 
         watched = output_trajectory or (losses is not None and single)
         budget = None if budget is None else budget.keep(keep)
+        drawn_anew = resolved.seed == -1 and (resolved.candidates > 1 or resolved.init != "mean")
+        shared_start = not self.training and proposal is None and initial_candidate is None and not drawn_anew
         result = self._think(
-            state, context, schedule, resolved, budget, bool(output_energies), on_step if watched else None
+            state,
+            context,
+            schedule,
+            resolved,
+            budget,
+            shared_start,
+            bool(output_energies),
+            on_step if watched else None,
         )
         if not self.training and schedule:
             check_energies(result.energies[-1], schedule[-1].step_size)
@@ -337,8 +346,24 @@ class EBTForCausalLM(EBTTokenScoresMixin, EBTGenerationMixin, EBTPreTrainedModel
             return proposal[:, None]
         if self.training:
             return training_start(thinking.init != "mean", std, shape, device)
-        starts = random_offsets(thinking, (shape[1], vocab), std, device)[None, :, None]
+        starts = self._shared_start(thinking)[None, :, None]
         return starts.expand(shape) if proposal is None else starts + proposal[:, None]
+
+    def _shared_start(self, thinking: Thinking) -> Tensor:
+        """Logits (M, V) that all rows and positions start from in evaluation, besides what the context proposes."""
+        vocab, device = self.candidate_embedding.weight.shape[0], self.candidate_embedding.weight.device
+        return random_offsets(thinking, (thinking.candidates, vocab), float(self.config.candidate_init_std), device)
+
+    def _embedded_start(self, thinking: Thinking) -> Tensor:
+        """What [`_shared_start`] embeds to, (M, D)."""
+        table = self._candidate_table()
+
+        def make() -> Tensor:
+            with torch.no_grad():
+                space = TextCandidates(table)
+                return space.embed(space.point(self._shared_start(thinking)))
+
+        return once_per_generation(("start", id(self), thinking.candidates, thinking.init, thinking.seed), make)
 
     def _think(
         self,
@@ -347,6 +372,7 @@ class EBTForCausalLM(EBTTokenScoresMixin, EBTGenerationMixin, EBTPreTrainedModel
         schedule: list[DescentStep],
         thinking: Thinking,
         budget: StepBudget | None,
+        shared_start: bool,
         output_energies: bool,
         on_step: Callable[[int, Tensor, Tensor], None] | None,
     ) -> DescentOutput:
@@ -382,10 +408,15 @@ class EBTForCausalLM(EBTTokenScoresMixin, EBTGenerationMixin, EBTPreTrainedModel
         worth = WORTH_COPYING if state.shape[2] == 1 else WORTH_NARROWING
         narrow = Narrowing(lambda index: partial(energy, context=context.select(*index)), worth)
 
+        first = None
+        if shared_start and schedule[0].noise_std == 0:
+            # known without the vocabulary: the same for all positions, and for all tokens of a text
+            first = self._embedded_start(thinking).repeat_interleave(state.shape[2], 0)
+
         def walk(limits: Tensor | None, **options: Any) -> DescentOutput:
             return descend(
                 energy,
-                TextCandidates(self._candidate_table(), self.config.update),
+                TextCandidates(self._candidate_table(), self.config.update, first),
                 state.flatten(1, 2),
                 schedule,
                 detach_between_steps=self.config.detach_between_steps or not learning,

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoTokenizer
 
 
@@ -52,7 +53,7 @@ def test_generation_runs_and_resumes(script, tmp_path, monkeypatch):
     assert path.with_suffix(".md").read_text() == text
     for part in ("machine", "versions", "python benchmarks/generation.py --preset 4xs", "seed: 0", "x cached twin"):
         assert part in text
-    assert "From context 4 to 8" in text
+    assert "From context 4 to 8" in text and "floor x twin" in text
 
     lines = path.read_text().splitlines()
     path.write_text("\n".join(lines[:7]) + "\n" + lines[7][:20])  # killed while writing
@@ -91,6 +92,46 @@ def test_self_verification_runs_and_resumes(script, tmp_path, monkeypatch):
     assert verification.main(argv) == text
 
 
+def test_notes_of_generation_compare_growth_with_the_twins(script, tmp_path):
+    generation, common = script("generation"), script("common")
+    results = common.Results(tmp_path / "rows.jsonl", {})
+    keys = []
+    measured = ((256, 2, 4.0, 1.0), (4096, 2, 9.0, 2.5), (256, 8, 15.0, 1.0), (512, 8, 15.0, 1.0))
+    for context, steps, own, twin in measured:
+        keys.append({"context": context, "cache": True, "model": "ebt", "steps": steps, "candidates": 1})
+        seconds = {"seconds_per_token": own, "twin_seconds_per_token": twin, "ratio": own / twin}
+        results.append({**keys[-1], **seconds})
+        # neither uncached rows nor several candidates have a say
+        for other in ({"cache": False}, {"candidates": 4}):
+            keys.append({**keys[-1], **other})
+            results.append({**keys[-1], **seconds, "seconds_per_token": 100.0})
+    assert generation.notes(results, keys).splitlines()[2:] == [
+        "At context 256, 2 steps cost 4.00 times the cached twin (aim: at most 4.5).",
+        "At context 256, 8 steps cost 15.00 times the cached twin (aim: at most 14).",
+        "From context 256 to 4096 the twin's time per token grows 2.50-fold, that of 2 steps 2.25-fold: 0.90 of it.",
+        "From context 256 to 512 the twin's time per token grows 1.00-fold, that of 8 steps 1.00-fold: 1.00 of it.",
+    ]
+
+
+def test_floor_of_generation_counts_keys_and_values(script):
+    from ebt_transformers import EBTConfig
+
+    generation, floors = script("generation"), script("floors")
+    size = {"vocab_size": 10, "hidden_size": 8, "intermediate_size": 4, "num_hidden_layers": 3}
+    config = EBTConfig(**size, num_attention_heads=4, num_key_value_heads=2, num_landscapes=2)
+    # keys and values of 2 heads of width 2, for 5 tokens, in float32
+    assert generation.layer_cache_bytes(config, 5) == 2 * (2 * 2) * 5 * 4
+    # context: one or two landscapes in the first 2 layers; each step: 3 layers, twice; energy at the end: 3 layers
+    assert [generation.ebt_cache_reads(config, steps) for steps in (1, 2, 4)] == [2 + 6, 4 + 12, 4 + 24]
+    assert generation.ebt_cache_reads(config, 2, final_energy=True) == 4 + 12 + 3
+    assert generation.floor_ratio(config, 0, 2) == floors.decoding_ratio(config, 2)
+    assert generation.floor_ratio(config, 0, 2, candidates=4) == floors.decoding_ratio(config, 2, final_energy=True)
+    # in a long context nothing else counts
+    assert generation.floor_ratio(config, 10**9, 2) == pytest.approx((4 + 12) / 3, rel=1e-5)
+    starts = EBTConfig(**size, num_attention_heads=4, candidate_init="proposal", num_landscapes=2)
+    assert [generation.ebt_cache_reads(starts, steps) for steps in (0, 2)] == [3, 6 + 12]
+
+
 def test_uncached_generation_is_uncached(script, make_model):
     generation = script("generation")
     model = make_model()
@@ -106,21 +147,245 @@ def test_uncached_generation_is_uncached(script, make_model):
 def test_training_step_runs_and_resumes(script, tmp_path, monkeypatch):
     training_step = script("training_step")
     path = tmp_path / "training.jsonl"
-    monkeypatch.setattr(training_step, "memory_in_subprocess", lambda name, *args: {"ebt": 30.0, "twin": 10.0}[name])
+    monkeypatch.setattr(
+        training_step, "memory_in_subprocess", lambda name, key, _: {"ebt": 30.0, "twin": 10.0}[name] * key["batch"]
+    )
     argv = [*TINY, "--batch-sizes", "1", "2", "--contexts", "8", "--repeats", "1", "--results", str(path)]
     text = training_step.main(argv)
     assert len(rows_of(path)) == 2 and "3.00" in text and "memory x twin" in text
+    for part in ("all rows: shape 4xs:64, recipe s1", "| batch |", "EBT 30.0 MB, twin 10.0 MB, 3.00 times"):
+        assert part in text
+    assert "random_steps" not in text and "conditioning |" not in text
     monkeypatch.setattr(training_step, "measure", lambda *args: pytest.fail("measured again"))
     assert training_step.main(argv) == text
+
+
+def test_training_step_has_a_row_for_every_combination(script, tmp_path, monkeypatch):
+    training_step = script("training_step")
+    path = tmp_path / "training.jsonl"
+    asked = []
+    monkeypatch.setattr(training_step, "memory_in_subprocess", lambda *args: asked.append(args[:2]) or 10.0)
+    argv = ["--shapes", "4xs:64", "4xs:32", "--recipes", "s1", "s2", "--step-conditionings", "time_embed", "none"]
+    argv += ["--batch-sizes", "1", "--contexts", "8", "--repeats", "1", "--threads", "1", "--results", str(path)]
+    text = training_step.main(argv)
+    lines = [
+        [cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| 4xs")
+    ]
+    assert [line[:4] for line in lines] == [
+        [shape, recipe, conditioning, {"s1": "2", "s2": "3"}[recipe]]
+        for shape in ("4xs:64", "4xs:32")
+        for recipe in ("s1", "s2")
+        for conditioning in ("time_embed", "none")
+    ]
+    assert len(rows_of(path)) == 8 and "random_steps=None" in text
+    # variants of an EBT share the memory of their twin
+    assert [key["shape"] for name, key in asked if name == "twin"] == ["4xs:64", "4xs:32"]
+    for line, row in zip(lines, rows_of(path), strict=True):
+        floor = training_step.ebt_training(training_step.config_of(row), 8).total
+        floor /= training_step.twin_training(training_step.config_of(row), 8).total
+        assert float(line[-5]) == pytest.approx(floor, abs=0.01)
+        assert float(line[-4]) == pytest.approx(row["ratio"] / floor, abs=0.01)
+
+    measured = []
+    measure = training_step.measure
+    monkeypatch.setattr(training_step, "measure", lambda *args: measured.append(args[0]) or measure(*args))
+    assert training_step.main(argv) == text and not measured
+    # whole graphs know one way only
+    more = ["--chunk-sizes", "auto", "0", "--second-orders", "double_backward", "central_difference"]
+    chosen = ["--shapes", "4xs:64", "--recipes", "s1", "--step-conditionings", "none", "--precision", "bfloat16"]
+    text = training_step.main([*argv, *chosen, *more])
+    assert [(key["second_order"], key["chunk_size"]) for key in measured] == [
+        ("double_backward", "auto"),
+        ("double_backward", 0),
+        ("central_difference", "auto"),
+    ]
+    assert "precision bfloat16" in text and "chunk 0:" in text
+    assert "EBT TFLOP/s" in training_step.cells_of(rows_of(path)[-1], on_cuda=True)
+
+
+@pytest.mark.parametrize(
+    "argv, complaint",
+    [
+        (["--shapes", "xxs"], "'xxs' is no PRESET:VOCABULARY"),
+        (["--shapes", "4xs:64", "huge:64"], "'huge:64' is no PRESET:VOCABULARY, as in xxs:50277. Presets: 4xs, 3xs"),
+        (["--shapes", "4xs:0"], "a vocabulary has at least 1 token"),
+        (["--chunk-sizes", "-1"], "'-1' is neither auto nor a number of candidates"),
+        (["--steps", "0"], "--steps must be at least 1, got 0"),
+        (
+            ["--chunk-sizes", "0", "--second-orders", "central_difference"],
+            "takes --second-orders double_backward only",
+        ),
+    ],
+)
+def test_training_step_says_what_it_does_not_take(script, tmp_path, capsys, argv, complaint):
+    training_step = script("training_step")
+    with pytest.raises(SystemExit):
+        training_step.main([*argv, "--results", str(tmp_path / "rows.jsonl")])
+    assert complaint in " ".join(capsys.readouterr().err.split())
+
+
+def test_memory_slopes_are_those_of_each_setting(script):
+    training_step = script("training_step")
+    rest = {"shape": "4xs:64", "step_conditioning": "none", "steps": 2, "second_order": "double_backward"}
+    rest |= {"chunk_size": "auto", "precision": "float32", "context": 8}
+    rows = [
+        {
+            **rest,
+            "recipe": recipe,
+            "batch": batch,
+            "ebt_megabytes": 50 + slope * batch,
+            "twin_megabytes": 40 + 2 * batch,
+        }
+        for recipe, slope in (("s1", 5), ("s2", 3))
+        for batch in (1, 2, 4)
+    ]
+    assert training_step.memory_slopes(rows) == [
+        "- memory per row of a batch, recipe s1, context 8: EBT 5.0 MB, twin 2.0 MB, 2.50 times",
+        "- memory per row of a batch, recipe s2, context 8: EBT 3.0 MB, twin 2.0 MB, 1.50 times",
+    ]
+    assert training_step.memory_slopes(rows[::3]) == []
+    flat = [{**row, "twin_megabytes": 40} for row in rows[:3]]
+    assert training_step.memory_slopes(flat)[0].endswith("twin 0.0 MB, no ratio")
 
 
 def test_memory_is_that_of_the_model(script, monkeypatch, subprocess_env):
     """A model of 16 M parameters with its gradients needs at least 128 MB."""
     training_step = script("training_step")
     monkeypatch.setenv("PYTHONPATH", subprocess_env["PYTHONPATH"])
-    options = argparse.Namespace(preset="4xs", vocab_size=50000, threads=1, device="cpu", seed=0, steps=2)
-    used = training_step.memory_in_subprocess("twin", options, 1, 4)
+    argv = ["--shapes", "4xs:50000", "--batch-sizes", "1", "--contexts", "4", "--threads", "1"]
+    options = training_step.parse(argv)
+    (key,) = training_step.keys_of(options)
+    used = training_step.memory_in_subprocess("twin", key, options)
     assert 100 < used < 400
+    seen = []
+    monkeypatch.setattr(
+        training_step, "peak_memory", lambda options: seen.extend(training_step.keys_of(options)) or 1.0
+    )
+    more = ["--recipes", "s2", "--step-conditionings", "none", "--second-orders", "central_difference", "--steps", "4"]
+    options = training_step.parse([*argv, *more, "--chunk-sizes", "3", "--precision", "bfloat16"])
+    (key,) = training_step.keys_of(options)
+
+    def run(command, **options):
+        training_step.main(command[2:])
+        return argparse.Namespace(returncode=0, stdout="1.0")
+
+    monkeypatch.setattr(training_step.subprocess, "run", run)
+    training_step.memory_in_subprocess("ebt", key, options)
+    assert seen == [key]
+
+
+# ---- floors: counted work ----------------------------------------------------------------------------------------
+
+
+# V 10, D 8, A 4 x 2, A_kv 2 x 2, F 4: a layer has 2 * 8 * 4 weights for keys and values,
+# and 2 * 8 * 8 + 3 * 8 * 4 others
+HAND = {"vocab_size": 10, "hidden_size": 8, "intermediate_size": 4, "num_hidden_layers": 3, "num_attention_heads": 4}
+KEYS, OTHERS, TABLE = 64, 224, 80
+
+
+def by_hand(recipe: str, **overrides):
+    from ebt_transformers import EBTConfig
+
+    return EBTConfig.for_recipe(recipe, **{**HAND, "num_key_value_heads": 2, "random_steps": None, **overrides})
+
+
+def test_floors_of_training_by_hand(script):
+    floors = script("floors")
+    config = by_hand("s1")
+    assert (floors.table_weights(config), floors.body_weights(config)) == (TABLE, 3 * (KEYS + OTHERS))
+    body = 3 * (KEYS + OTHERS)
+    # 5 tokens look at 3 of them on average, in 3 layers and two products of width 8
+    assert floors.twin_training(config, 5) == floors.Work(3 * TABLE, 3 * body, 3 * 3 * 2 * 8 * 3)
+
+    # two steps on two landscapes, whose texts are a token longer; the last layer has keys and values of them only
+    work = floors.ebt_training(config, 5)
+    assert work.table == 8 * TABLE
+    assert work.body == pytest.approx(2 * 6 * body + 3 * 2 * 6 / 5 * (body - OTHERS))
+    looks = 2 * 8
+    assert work.attention == pytest.approx(2 * 6 * 3 * looks * 7 + 3 * 2 * 6 / 5 * 2 * looks * 3.5)
+    assert work.total == work.table + work.body + work.attention
+
+    # three steps on one landscape without a token of its own; two of them only move
+    work = floors.ebt_training(by_hand("s2", step_conditioning="none"), 5)
+    assert work.table == 9 * TABLE
+    assert work.body == pytest.approx((6 + 2 * 2) * body + 3 * (body - OTHERS))
+    assert work.attention == pytest.approx(10 * 3 * looks * 6 + 3 * 2 * looks * 3)
+
+    for second_order in ("forward_over_reverse", "central_difference"):
+        other = floors.ebt_training(by_hand("s2", step_conditioning="none", second_order=second_order), 5)
+        assert other.body - work.body == pytest.approx(2 * body) and other.table == work.table
+    # noise between scored steps: nothing is shared
+    assert floors.table_products(by_hand("s1", thinking_steps=4)) == 3 * 4 + 2
+    assert floors.table_products(by_hand("s1", thinking_steps=4, thinking_noise_std=1.0)) == 5 * 4
+
+
+def test_floors_of_decoding_by_hand(script):
+    floors = script("floors")
+    config = by_hand("s1")
+    body = 3 * (KEYS + OTHERS)
+    twin = floors.twin_decoding(config)
+    assert twin == 4 * (body + TABLE)
+    ebt = floors.ebt_decoding(config, 2)
+    assert ebt == 4 * (body - OTHERS + 2 * (2 * body + 2 * TABLE))
+    assert floors.ebt_decoding(config, 2, final_energy=True) == ebt + 4 * (body + TABLE)
+    assert floors.ebt_decoding(config, 2, bytes_per_weight=2) == ebt / 2
+    assert floors.decoding_ratio(config, 2) == ebt / twin
+    # nothing but its proposal: the twin
+    assert floors.decoding_ratio(by_hand("proposal"), 0) == 1
+
+
+class Products(TorchDispatchMode):
+    """Adds up the multiply-adds of matrix products, by what they are part of."""
+
+    def __init__(self, vocab: int) -> None:
+        super().__init__()
+        self.vocab, self.counts = vocab, {"table": 0, "body": 0}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        first = {"mm": 0, "addmm": 1, "addmm_": 1}.get(func._overloadpacket.__name__)
+        if first is not None:
+            a, b = args[first : first + 2]
+            # the energy head does not count, nor do forward mode's derivatives of weights, which are zero
+            if 1 not in (*a.shape, *b.shape) and b.any():
+                part = "table" if self.vocab in (*a.shape, *b.shape) else "body"
+                self.counts[part] += a.numel() * b.shape[-1]
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("recipe", ["s1", "s2", "proposal"])
+@pytest.mark.parametrize("conditioning", ["none", "time_embed"])
+@pytest.mark.parametrize("second_order", ["double_backward", "forward_over_reverse", "central_difference"])
+def test_floors_are_what_training_computes(script, recipe, conditioning, second_order):
+    from ebt_transformers import EBTForCausalLM
+
+    floors = script("floors")
+    config = by_hand(
+        recipe, vocab_size=41, step_conditioning=conditioning, second_order=second_order, training_chunk_size=7
+    )
+    model = EBTForCausalLM(config).train()
+    with torch.no_grad():
+        model.model.energy_head.weight.normal_()  # zero at first in a recipe, and so would be what meets it
+    ids = torch.randint(0, 41, (3, 5))
+    with Products(41) as products:
+        model(input_ids=ids, labels=ids).loss.backward()
+    work = floors.ebt_training(config, 5)
+    assert products.counts["table"] == 15 * work.table
+    assert products.counts["body"] == pytest.approx(15 * work.body)
+
+
+def test_floors_are_what_training_the_twin_computes(script):
+    from transformers import LlamaForCausalLM
+
+    from ebt_transformers import transformer_pp_config
+
+    floors = script("floors")
+    config = by_hand("s1", vocab_size=41)
+    model = LlamaForCausalLM(transformer_pp_config(config)).train()
+    ids = torch.randint(0, 41, (3, 5))
+    with Products(41) as products:
+        model(input_ids=ids, labels=ids).loss.backward()
+    work = floors.twin_training(config, 5)
+    assert products.counts == {"table": 15 * work.table, "body": 15 * work.body}
 
 
 def test_alternate_takes_turns(script):
