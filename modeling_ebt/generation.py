@@ -77,11 +77,11 @@ _TRACE: ContextVar[_Trace | None] = ContextVar("ebt_thinking_trace", default=Non
 _ACCOUNT: ContextVar[_Account | None] = ContextVar("ebt_thinking_account", default=None)
 
 
-def once_per_generation(key: Any, make: Callable[[], Tensor]) -> Tensor:
-    """What `make` gives; within one generate() call, where no weight changes, it is called once for every key."""
+def once_per_generation(key: Any, make: Callable[[], Tensor]) -> Tensor | None:
+    """What `make` gives, made once for all tokens of a running generate() call (weights rest); None outside of one."""
     account = _ACCOUNT.get()
     if account is None:
-        return make()
+        return None
     if key not in account.constants:
         account.constants[key] = make()
     return account.constants[key]

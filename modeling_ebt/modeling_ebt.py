@@ -354,8 +354,8 @@ class EBTForCausalLM(EBTTokenScoresMixin, EBTGenerationMixin, EBTPreTrainedModel
         vocab, device = self.candidate_embedding.weight.shape[0], self.candidate_embedding.weight.device
         return random_offsets(thinking, (thinking.candidates, vocab), float(self.config.candidate_init_std), device)
 
-    def _embedded_start(self, thinking: Thinking) -> Tensor:
-        """What [`_shared_start`] embeds to, (M, D)."""
+    def _embedded_start(self, thinking: Thinking) -> Tensor | None:
+        """What [`_shared_start`] embeds to, (M, D), while generating; else None."""
         table = self._candidate_table()
 
         def make() -> Tensor:
@@ -409,9 +409,12 @@ class EBTForCausalLM(EBTTokenScoresMixin, EBTGenerationMixin, EBTPreTrainedModel
         narrow = Narrowing(lambda index: partial(energy, context=context.select(*index)), worth)
 
         first = None
-        if shared_start and schedule[0].noise_std == 0:
-            # known without the vocabulary: the same for all positions, and for all tokens of a text
-            first = self._embedded_start(thinking).repeat_interleave(state.shape[2], 0)
+        judged = thinking.accept_only_lower_energy or stop_rules(thinking, candidates).given
+        if shared_start and schedule[0].noise_std == 0 and not judged:
+            # the same for all tokens of a text (where energies are compared, a state that comes back must embed to the
+            # last bit as before)
+            first = self._embedded_start(thinking)
+            first = None if first is None else first.repeat_interleave(state.shape[2], 0)
 
         def walk(limits: Tensor | None, **options: Any) -> DescentOutput:
             return descend(
