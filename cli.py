@@ -387,7 +387,9 @@ def _convert(argv: list[str]) -> int:
 
 def _benchmark(argv: list[str]) -> int:
     folder = Path(__file__).resolve().parent / "benchmarks"
-    scripts = {path.stem: path for path in sorted(folder.glob("*.py")) if path.stem not in ("common", "floors", "__init__")}
+    scripts = {
+        path.stem: path for path in sorted(folder.glob("*.py")) if path.stem not in ("common", "floors", "__init__")
+    }
     if not scripts:
         raise FileNotFoundError(
             "The benchmarks are not part of the installed package. Clone the repository and run them from there."

@@ -174,7 +174,8 @@ def training_start(
         out (`Tensor`, *optional*): contiguous, to put it in.
     """
     if random:
-        return standard_normal(shape, None, device, torch.float32, out).mul_(std)
+        drawn = standard_normal(shape, None, device, torch.float32, out)
+        return drawn if std == 1 else drawn.mul_(std)
     return torch.zeros(shape, device=device) if out is None else out.zero_().view(shape)
 
 
