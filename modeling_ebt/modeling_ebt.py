@@ -457,8 +457,10 @@ class EBTForCausalLM(EBTTokenScoresMixin, EBTGenerationMixin, EBTPreTrainedModel
             # before the step that is scored nothing learns but the step size
             learned = any(torch.is_tensor(step.step_size) and step.step_size.requires_grad for step in schedule)
             detached = detached or not (learned or (given is not None and given.requires_grad))
-        whole = all(type(each) is nn.Parameter and each.is_leaf for each in self.parameters())
-        return detached and losses.is_plain and whole
+        # sharded, gathered or replicated weights have gradients that only autograd's own backward pass finds
+        weights = list(self.parameters())
+        whole = all(type(each) is nn.Parameter and each.is_leaf and not hasattr(each, "ds_id") for each in weights)
+        return detached and losses.is_plain and bool(weights) and whole
 
     def _learn(
         self,

@@ -215,6 +215,16 @@ def test_a_second_derivative_of_the_loss_needs_the_whole_graph() -> None:
     assert weight.grad.abs().sum() > 0
 
 
+def test_weights_that_are_no_parameters_of_the_model_are_left_to_autograd() -> None:
+    model = build()
+    _, expected = learn(model)
+    copies = {name: each.detach().clone().requires_grad_() for name, each in model.named_parameters()}
+    torch.manual_seed(3)
+    output = torch.func.functional_call(model, copies, kwargs=batch())
+    found = dict(zip(copies, torch.autograd.grad(output.loss, list(copies.values())), strict=True))
+    assert_same_gradients(found, expected, 2e-4)
+
+
 def test_frozen_parts_get_no_gradient() -> None:
     model = build()
     model.candidate_embedding.requires_grad_(False)
