@@ -30,7 +30,7 @@ def candidate_attention(
     value: Tensor,
     hidden: Tensor | None,
     scaling: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> Tensor:
     """
     Attention of candidates over the context and themselves: one softmax over both, no square matrix of candidates.
 
@@ -44,7 +44,7 @@ def candidate_attention(
         scaling (`float`): 1/sqrt(d).
 
     Returns:
-        Mixed values (B, H, N, d), weights (B, H, N, C) and own weights (B, H, N, 1).
+        Mixed values (B, H, N, d).
     """
     batch, heads, candidates, width = query.shape
     kv_heads = key.shape[1]
@@ -56,8 +56,7 @@ def candidate_attention(
     own_score = (query * repeat_kv(own_key, groups)).sum(-1, keepdim=True).float()
     weights, own_weight = (part.to(query.dtype) for part in joint_softmax(scores, own_score, hidden))
     mixed = weights.reshape(batch, kv_heads, groups * candidates, -1) @ value
-    mixed = mixed.view(batch, heads, candidates, width) + own_weight * repeat_kv(own_value, groups)
-    return mixed, weights, own_weight
+    return mixed.view(batch, heads, candidates, width) + own_weight * repeat_kv(own_value, groups)
 
 
 class EBTAttention(nn.Module):
@@ -101,7 +100,7 @@ class EBTAttention(nn.Module):
         self, query: Tensor, own_key: Tensor, own_value: Tensor, key: Tensor, value: Tensor, hidden: Tensor | None
     ) -> Tensor:
         """Attention of the candidate stream over the context's keys and each candidate's own."""
-        mixed = candidate_attention(query, own_key, own_value, key, value, hidden, self.scaling)[0]
+        mixed = candidate_attention(query, own_key, own_value, key, value, hidden, self.scaling)
         return self.o_proj(mixed.transpose(1, 2).flatten(2))
 
 

@@ -356,11 +356,10 @@ class EBTForCausalLM(EBTTokenScoresMixin, EBTGenerationMixin, EBTPreTrainedModel
 
     def _embedded_start(self, thinking: Thinking) -> Tensor | None:
         """What [`_shared_start`] embeds to, (M, D), while generating; else None."""
-        table = self._candidate_table()
 
         def make() -> Tensor:
             with torch.no_grad():
-                space = TextCandidates(table)
+                space = TextCandidates(self._candidate_table())
                 return space.embed(space.point(self._shared_start(thinking)))
 
         return once_per_generation(("start", id(self), thinking.candidates, thinking.init, thinking.seed), make)
